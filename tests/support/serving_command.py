@@ -6,10 +6,12 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
 START_SECONDS = 120
 PORTS = range(20_000, 32_768)
@@ -30,20 +32,24 @@ def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server process that is ready, and its address."""
     port = free_port()
     command = [sys.executable, "-m", "neounify", "serve", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(process, address)
-        yield process, address
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    # A file, as a pipe that is not read stops the server when its log fills it.
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_ready(process, address, log)
+            yield process, address
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: IO[bytes]) -> None:
     for _ in range(START_SECONDS * 10):
-        assert process.poll() is None, process.communicate()[0].decode()
+        if process.poll() is not None:
+            log.seek(0)
+            raise AssertionError(log.read().decode())
         try:
             fetch(f"{address}/health")
             return

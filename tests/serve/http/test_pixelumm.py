@@ -10,8 +10,10 @@ import pytest
 
 import neounify
 from neounify.serve.build import colocated
-from support.http_server import data_url, png, serving
+from neounify.serve.http import create_app
+from support.http_server import data_url, openai_client, png, serving
 from support.pixelumm import saved
+from support.scripted_service import Scripted
 
 RED, BLUE = png("red"), png("blue")
 ABLE = "; it can answer questions about text and images, generate images, generate videos"
@@ -44,6 +46,27 @@ def test_chat_about_two_images(client: openai.OpenAI, pipe: neounify.Pipeline) -
     assert answer.choices[0].message.content == wanted.text
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == wanted.prompt_tokens
+
+
+def test_the_model_list_says_what_it_can(client: openai.OpenAI) -> None:
+    facts: Any = client.models.retrieve("neounify")
+    assert facts.neounify["capabilities"] == ["chat", "generate", "generate_video", "chat_video"]
+    assert facts.neounify["solver"] == "dpm2m"
+    assert facts.neounify["video"] == {
+        "tube_frames": 4,
+        "size": "64x48",
+        "frames": 8,
+        "fps": 24.0,
+        "steps": 3,
+        "guidance": 6.0,
+        "shift": 10.0,
+        "solver": "unipc",
+    }
+    assert facts.neounify["limits"]["output_frames"] == 240
+    with openai_client(create_app(Scripted())) as other:
+        plain: Any = other.models.retrieve("neounify")
+    assert plain.neounify["video"] is None
+    assert "generate_video" not in plain.neounify["capabilities"]
 
 
 def test_images_are_generated(client: openai.OpenAI) -> None:

@@ -160,6 +160,29 @@ def variations(browser: WebDriver, base_url: str) -> None:
     assert_same_image(find(browser, "#generate .tile img").get_attribute("src"), url)
 
 
+def video(browser: WebDriver, base_url: str) -> list[str]:
+    """Video: previews of a frame, then the video, which plays; gives the previews' URLs."""
+    open_page(browser, base_url, "video")
+    enter(browser, "#setting-steps", "200")  # long enough to be seen
+    enter(browser, "#video-input", "A red circle moves to the right.")
+    click(browser, "#video .primary")
+    wait(browser, lambda: bool(find_all(browser, "#video [data-state=generating] img")))
+    assert "% of 8 frames" in text_of(browser, "#video figcaption")
+    wait_until_done(browser, "#video")
+    assert_plays(browser, "#video .tile[data-state=finished] video")
+    shown: list[tuple[str, str]] = browser.execute_script("return window.shown")
+    return list(dict.fromkeys(url for state, url in shown if state == "generating"))
+
+
+def assert_plays(browser: WebDriver, selector: str) -> None:
+    """A video that is decoded, and moves on when it is played."""
+    element = find(browser, selector)
+    wait(browser, lambda: int(str(element.get_property("readyState"))) >= 2)
+    browser.execute_script("arguments[0].play()", element)
+    wait(browser, lambda: float(str(element.get_property("currentTime"))) > 0)
+    browser.execute_script("arguments[0].pause()", element)
+
+
 def refusal(browser: WebDriver, base_url: str) -> str:
     """Generate: a size that no model takes; gives the words that say so, near the button."""
     open_page(browser, base_url, "generate")

@@ -27,6 +27,7 @@ PAUSE = 0.15
 """Seconds between the pieces of an answer: what comes in between can be seen."""
 
 KEY = "a-key-for-tests"
+CAPABILITIES = ["chat", "generate", "edit", "interleave", "think"]
 
 
 @dataclass
@@ -72,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self._allowed():
                 details = {"image_size": "64x64", "steps": STEPS, "guidance": 2.0, "shift": 3.0}
                 details |= {"trained_sizes": ["64x64", "96x64"], "trained_pixels": None}
+                details |= {"capabilities": CAPABILITIES, "solver": "euler", "video": None}
                 details |= {"limits": {"steps": 200, "n": 10, "answer_images": 10, "tokens": 4096}}
                 model = {"id": "scenes", "object": "model", "neounify": details}
                 self._json(200, {"object": "list", "data": [model]})

@@ -24,6 +24,7 @@ from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from neounify.config import ModelConfig
 from neounify.image.pixels import trained_sizes
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http import videos as video_routes
@@ -297,7 +298,8 @@ def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str
 
 def _model(state: ServerState) -> dict[str, Any]:
     """OpenAI's model object, and under `neounify` the sampling defaults and the limits."""
-    limits, sampling = state.config.limits, state.service.config.sampling
+    limits, config = state.config.limits, state.service.config
+    sampling = config.sampling
     sizes, pixels = trained_sizes(sampling)
     return {
         "id": state.config.model_name,
@@ -305,7 +307,8 @@ def _model(state: ServerState) -> dict[str, Any]:
         "created": state.started,
         "owned_by": "neounify",
         "neounify": {
-            "token_side": state.service.config.token_size,
+            "capabilities": list(config.capabilities),
+            "token_side": config.token_size,
             "image_size": "x".join(map(str, sampling.image_size)),
             "trained_sizes": [f"{width}x{height}" for width, height in sizes],
             "trained_pixels": pixels,
@@ -313,16 +316,36 @@ def _model(state: ServerState) -> dict[str, Any]:
             "guidance": sampling.guidance,
             "image_guidance": sampling.image_guidance,
             "shift": sampling.shift,
+            "solver": sampling.solver,
+            "video": _video(config),
             "limits": {
                 "prompt_chars": limits.prompt_chars,
                 "images": limits.images,
                 "output_pixels": limits.output_pixels,
+                "output_frames": limits.output_frames,
                 "steps": limits.steps,
                 "n": limits.n,
                 "answer_images": limits.answer_images,
                 "tokens": limits.tokens,
             },
         },
+    }
+
+
+def _video(config: ModelConfig) -> dict[str, Any] | None:
+    """Frames of a tube, and the sampling defaults of videos; None for a model without them."""
+    if config.video is None or "generate_video" not in config.capabilities:
+        return None
+    defaults = config.sampling.video
+    return {
+        "tube_frames": config.video.tube_frames,
+        "size": "x".join(map(str, defaults.size)),
+        "frames": defaults.frames,
+        "fps": defaults.fps,
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
+        "shift": defaults.shift,
+        "solver": defaults.solver,
     }
 
 

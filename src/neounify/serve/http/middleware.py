@@ -49,7 +49,7 @@ HEADERS = {
 """Security headers of answers that do not set them."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
-    "media-src data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
+    "media-src data: blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",

@@ -157,8 +157,8 @@ async def _attempt(job: VideoJob, state: ServerState, deadline: float) -> torch.
         async for event in events:
             job.status = "in_progress"
             if isinstance(event, Preview):
-                job.progress = min(99, 100 * event.step // event.steps)
                 job.thumbnail = await state.encode(job.request, event, "webp", bytes)
+                job.progress = min(99, 100 * event.step // event.steps)
             elif isinstance(event, FramesFinished):
                 await asyncio.to_thread(_check, event, state)
                 frames.append(event.frames)

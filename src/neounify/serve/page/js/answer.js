@@ -1,4 +1,4 @@
-/** A streamed answer: folded thoughts, text and images in their order. */
+/** An answer as it comes: folded thoughts, text, images and videos in their order. */
 
 import { h } from "./dom.js";
 import { Tile, imageActions } from "./image.js";
@@ -26,6 +26,7 @@ export class Answer {
     if (event.type === "text") this.addText(event);
     if (event.type === "preview") this.tile(event.index).preview(event);
     if (event.type === "image") this.addImage(event);
+    if (event.type === "video") this.addVideo(event);
   }
 
   /** End the answer; `words` is the status of one that was cut off. */
@@ -81,6 +82,14 @@ export class Answer {
     this.tile(index).finish(url, imageActions(image, this.actions), plan);
     this.parts.push({ type: "image_url", image_url: { url } });
     this.actions.keep(image);
+  }
+
+  addVideo(event) {
+    const { index, url, still } = event;
+    const video = { record: this.record, index, url, still };
+    this.tile(index).finishVideo(event, imageActions(video, this.actions));
+    this.parts.push({ type: "video", url });
+    this.actions.keep(video);
   }
 
   /** The place of image `index`; images that follow each other stand in one row. */

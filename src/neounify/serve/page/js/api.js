@@ -34,12 +34,12 @@ const PLAIN_WORDS = {
 const KEY_WANTED = "The server requires a valid API key. Enter it under Settings.";
 
 /** GET without a body, else POST: FormData as multipart, anything else as JSON. */
-async function call(path, { body, signal } = {}) {
+async function call(path, { body, signal, method = body ? "POST" : "GET", keepalive = false } = {}) {
   const headers = {};
   if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
   const isForm = body instanceof FormData;
   if (body && !isForm) headers["Content-Type"] = "application/json";
-  const options = { method: body ? "POST" : "GET", headers, signal };
+  const options = { method, headers, signal, keepalive };
   if (body) options.body = isForm ? body : JSON.stringify(body);
   let response;
   try {
@@ -75,8 +75,24 @@ function secondsUntil(header) {
 }
 
 export async function getModels() {
-  const response = await call("/v1/models");
-  return (await response.json()).data;
+  return (await getJson("/v1/models")).data;
+}
+
+export async function getJson(path, signal) {
+  return (await call(path, { signal })).json();
+}
+
+export async function postJson(path, body) {
+  return (await call(path, { body })).json();
+}
+
+export async function getFile(path, signal) {
+  return (await call(path, { signal })).blob();
+}
+
+/** Ends what is at `path`, also while the page is closed. */
+export async function remove(path) {
+  await call(path, { method: "DELETE", keepalive: true });
 }
 
 /** The JSON events of a streamed answer, with [DONE] as null; an error in the stream is thrown. */

@@ -17,6 +17,7 @@ const actions = {
     goTo(request.kind);
     modes.get(request.kind).start(request);
   },
+  edits: () => settings.can("edit"),
   edit(url) {
     goTo("edit");
     modes.get("edit").composer.fill("", [url]);
@@ -42,6 +43,8 @@ async function showModel() {
     const [model] = await getModels();
     find("model").textContent = model.id;
     settings.describe(model.neounify ?? {});
+    const offered = new Map(MODES.map(({ id, needs }) => [id, settings.can(needs)]));
+    tabs.offer((id) => offered.get(id));
   } catch (error) {
     find("model").textContent = error.message;
   }

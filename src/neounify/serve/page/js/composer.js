@@ -6,8 +6,8 @@ import { Notice } from "./notice.js";
 
 export class Composer {
   /**
-   * `mode` has id, label, placeholder, action, takesImages and takesVideos; videos are among the
-   * images.
+   * `mode` has id, label, placeholder, action, takesImages, or what to say to files in `noFiles`,
+   * and takesVideos; videos are among the images.
    * `onSubmit(text, images, signal)` does the work; aborting the signal stops it.
    */
   constructor(mode, onSubmit) {
@@ -50,7 +50,7 @@ export class Composer {
 
   async addFiles(files) {
     if (!this.mode.takesImages) {
-      this.notice.say("Generation takes a prompt only. Images can be changed under Edit.");
+      this.notice.say(this.mode.noFiles);
       return;
     }
     const { takesVideos } = this.mode;

@@ -17,6 +17,11 @@ const EXAMPLES = {
     { text: "two purple crosses" },
     { text: "top left: a pink star, bottom right: a small orange circle" },
   ],
+  video: [
+    { text: "A red circle moves to the right." },
+    { text: "A green star grows, on a black background." },
+    { text: "A blue square bounces off the edge." },
+  ],
   edit: [
     { text: "Turn the square red.", image: true },
     { text: "Remove the triangle.", image: true },

@@ -3,10 +3,13 @@
  *
  * `input` are attributes of an input field, `choices` the values of a list and their labels.
  * `help` is its tooltip; `own` and `limit` are the names of the model's default and of the server's
- * maximum in the description of the model.
+ * maximum in the description of the model, which has own defaults of videos. `instead` names the
+ * field that is emptied when this one is filled. A field that `needs` something of a model is not
+ * offered by others.
  */
 
 const IMAGES = ["generate", "edit", "story"];
+const DENOISED = [...IMAGES, "video"];
 const WORDS = ["chat", "story"];
 
 export const FIELDS = [
@@ -27,11 +30,37 @@ export const FIELDS = [
     input: { type: "number", min: 1, max: 10, step: 1 },
   },
   {
+    name: "seconds",
+    label: "Seconds",
+    help: "Length of the video, rounded to whole tubes of frames",
+    instead: "frames",
+    kinds: ["video"],
+    input: { type: "number", min: 0.1, step: "any" },
+  },
+  {
+    name: "frames",
+    label: "Frames",
+    help: "Number of frames, instead of the seconds",
+    own: "frames",
+    limit: "output_frames",
+    instead: "seconds",
+    kinds: ["video"],
+    input: { type: "number", min: 1, step: 1 },
+  },
+  {
+    name: "fps",
+    label: "Frames a second",
+    help: "How fast the frames follow each other",
+    own: "fps",
+    kinds: ["video"],
+    input: { type: "number", min: 0.1, step: "any" },
+  },
+  {
     name: "size",
     label: "Size",
     help: "Width x height in pixels, like 64x64, or auto",
-    own: "image_size",
-    kinds: IMAGES,
+    own: "size",
+    kinds: DENOISED,
     input: { type: "text", pattern: "auto|\\d+x\\d+" },
   },
   {
@@ -40,22 +69,30 @@ export const FIELDS = [
     help: "More steps take longer",
     own: "steps",
     limit: "steps",
-    kinds: IMAGES,
+    kinds: DENOISED,
     input: { type: "number", min: 1, max: 1000, step: 1 },
   },
   {
     name: "fast",
     label: "Fast",
     help: "Fewer steps than the model's own; instead of a number of steps",
-    kinds: IMAGES,
+    kinds: DENOISED,
     choices: { "": "All steps", half: "Half the steps", third: "A third of the time" },
+  },
+  {
+    name: "solver",
+    label: "Solver",
+    help: "How the steps are taken",
+    own: "solver",
+    kinds: DENOISED,
+    choices: { "": "default", euler: "euler", ab2: "ab2", dpm2m: "dpm2m", unipc: "unipc" },
   },
   {
     name: "guidance",
     label: "Guidance",
     help: "Strength of the prompt (classifier-free guidance); 1 is none",
     own: "guidance",
-    kinds: IMAGES,
+    kinds: DENOISED,
     input: { type: "number", min: 0, max: 100, step: "any" },
   },
   {
@@ -71,8 +108,16 @@ export const FIELDS = [
     label: "Shift",
     help: "Above 1, more steps at high noise",
     own: "shift",
-    kinds: IMAGES,
+    kinds: DENOISED,
     input: { type: "number", min: 0.01, max: 1000, step: "any" },
+  },
+  {
+    name: "negative_prompt",
+    label: "Negative prompt",
+    help: "What guidance steers away from",
+    kinds: DENOISED,
+    wide: true,
+    input: { type: "text", maxlength: 2000, placeholder: "none" },
   },
   {
     name: "temperature",
@@ -100,11 +145,12 @@ export const FIELDS = [
     name: "seed",
     label: "Seed",
     help: "The same seed gives the same answer",
-    kinds: ["chat", "generate", "edit", "story"],
+    kinds: ["chat", "generate", "video", "edit", "story"],
     input: { type: "number", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
   },
   {
     name: "think",
+    needs: "think",
     label: "Think first",
     help: "Plan before answering",
     kinds: ["chat", "generate", "edit", "story"],
@@ -112,6 +158,7 @@ export const FIELDS = [
   },
   {
     name: "modalities",
+    needs: "interleave",
     label: "Answer with images",
     help: "Uses the last message only",
     kinds: ["chat"],

@@ -1,4 +1,4 @@
-/** Images and videos as data URLs: from files, to files, shown. */
+/** Images and videos as data URLs, generated videos as blob URLs: from files, to files, shown. */
 
 import { h } from "./dom.js";
 
@@ -20,14 +20,18 @@ export function shown(url, i) {
   return video;
 }
 
-/** A data URL; rejects for an image that the browser cannot show. The server knows more videos. */
-export async function readMedia(file) {
-  const url = await new Promise((resolve, reject) => {
+export function toDataUrl(file) {
+  return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
+}
+
+/** A data URL; rejects for an image that the browser cannot show. The server knows more videos. */
+export async function readMedia(file) {
+  const url = await toDataUrl(file);
   if (isVideo(url)) return url;
   const image = new Image();
   image.src = url;
@@ -49,9 +53,15 @@ export function toFile(dataUrl, stem) {
 
 export function download(dataUrl, stem) {
   const file = toFile(dataUrl, stem);
+  const url = URL.createObjectURL(file);
+  save(url, file.name);
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+/** Save what is behind a blob URL. */
+export function save(url, name) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(file);
-  link.download = file.name;
+  link.href = url;
+  link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

@@ -1,9 +1,9 @@
-/** The images of this session, each with its request. */
+/** The images and videos of this session, each with its request. */
 
 import { button, h } from "./dom.js";
-import { imageActions } from "./image.js";
+import { imageActions, player } from "./image.js";
 
-const MODES = { chat: "Chat", generate: "Generate", edit: "Edit", story: "Story" };
+const MODES = { chat: "Chat", generate: "Generate", video: "Video", edit: "Edit", story: "Story" };
 
 export class Gallery {
   constructor(section, viewer, settings, actions) {
@@ -15,7 +15,7 @@ export class Gallery {
     this.empty = h(
       "p",
       { class: "hint" },
-      "Generated images appear here, and stay until this page is closed or reloaded.",
+      "What is generated appears here, and stays until this page is closed or reloaded.",
     );
     section.append(
       h(
@@ -30,6 +30,8 @@ export class Gallery {
     viewer.addEventListener("click", (event) => {
       if (event.target === viewer) viewer.close();
     });
+    // A video would play on, unseen.
+    viewer.addEventListener("close", () => viewer.replaceChildren());
   }
 
   add(image) {
@@ -38,19 +40,25 @@ export class Gallery {
     const label = `${prompt}, seed ${options.seed}`;
     const props = { type: "button", "aria-label": label, title: label };
     const thumb = h("button", { ...props, on: { click: () => this.open(image) } });
-    thumb.append(h("img", { src: image.url, alt: "" }));
+    thumb.append(h("img", { src: image.still ?? image.url, alt: "" }));
+    if (image.still) thumb.classList.add("clip");
     this.list.prepend(h("li", {}, thumb));
   }
 
   open(image) {
-    const { record, url } = image;
+    const { record, url, still } = image;
     const actions = imageActions(image, {
       again: (again) => this.leave(() => this.actions.again(again)),
       edit: (edited) => this.leave(() => this.actions.edit(edited)),
+      edits: this.actions.edits,
     });
     const close = button("Close", () => this.viewer.close(), { class: "quiet small-button" });
     this.viewer.replaceChildren(
-      h("div", { class: "frame" }, h("img", { src: url, alt: record.prompt })),
+      h(
+        "div",
+        { class: "frame" },
+        still ? player(url, still, record.prompt) : h("img", { src: url, alt: record.prompt }),
+      ),
       h(
         "div",
         { class: "facts" },

@@ -1,4 +1,7 @@
-/** The four modes: their labels, and the request made of an input. */
+/**
+ * The modes: their labels, the request made of an input, and what a model must be trained for,
+ * `needs`, in the words of the server's description of it.
+ */
 
 function imageRequest(kind) {
   return (prompt, sources, options) => ({ kind, prompt, sources, options });
@@ -12,6 +15,7 @@ function withImages(options) {
 export const MODES = [
   {
     id: "chat",
+    needs: "chat",
     label: "Your message",
     placeholder: "How many squares are there?",
     action: "Send",
@@ -25,15 +29,29 @@ export const MODES = [
   },
   {
     id: "generate",
+    needs: "generate",
     label: "Prompt",
     placeholder: "a red circle",
     action: "Generate",
     takesImages: false,
+    noFiles: "Generation takes a prompt only. Images can be changed under Edit.",
     lacking: (text) => (text ? "" : "Write a prompt first."),
     request: imageRequest("generate"),
   },
   {
+    id: "video",
+    needs: "generate_video",
+    label: "Prompt",
+    placeholder: "A red circle moves to the right.",
+    action: "Generate",
+    takesImages: false,
+    noFiles: "Videos are generated from a prompt only.",
+    lacking: (text) => (text ? "" : "Write a prompt first."),
+    request: imageRequest("video"),
+  },
+  {
     id: "edit",
+    needs: "edit",
     label: "Instruction",
     placeholder: "Turn the square red.",
     action: "Edit",
@@ -46,6 +64,7 @@ export const MODES = [
   },
   {
     id: "story",
+    needs: "interleave",
     label: "Prompt",
     placeholder: "Tell a story in two pictures.",
     action: "Generate",

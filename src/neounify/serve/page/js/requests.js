@@ -6,11 +6,14 @@
  *   {type: "text", text, thought}
  *   {type: "preview", index, step, steps, url, plan}
  *   {type: "image", index, url, seed, plan}
- * `plan` is the thought before that image; `seed` reproduces that image alone.
+ *   {type: "video", index, url, still, job}
+ * `plan` is the thought before that image; `seed` reproduces that image alone; `still` is the first
+ * frame of a video, `job` what the server says of it.
  */
 
 import { brokenOff, stream } from "./api.js";
 import { isVideo, toFile } from "./files.js";
+import { generateVideo } from "./video.js";
 
 const PREVIEWS = 3;
 const STREAMED = { stream: true, partial_images: PREVIEWS, response_format: "b64_json" };
@@ -18,6 +21,7 @@ const STREAMED = { stream: true, partial_images: PREVIEWS, response_format: "b64
 export function perform(request, signal) {
   if (request.kind === "generate") return generate(request, signal);
   if (request.kind === "edit") return edit(request, signal);
+  if (request.kind === "video") return generateVideo(request, signal);
   return converse(request, signal);
 }
 

@@ -15,13 +15,12 @@ export class Settings {
   constructor(section, onKey) {
     this.section = section;
     this.inputs = new Map();
-    this.own = new Map();
+    this.model = {};
     this.trained = { sizes: [], pixels: null };
     this.sizes = h("datalist", { id: "trained-sizes" });
     this.sizeHint = h("p", { class: "hint wide", id: "size-hint", role: "status", hidden: true });
     this.rows = FIELDS.map((field) => this.makeRow(field));
     const size = this.inputs.get("size");
-    size.setAttribute("list", this.sizes.id);
     size.setAttribute("aria-describedby", this.sizeHint.id);
     size.closest(".row").append(this.sizes);
     this.form = h("form", { class: "fields", on: { submit: stay } }, ...this.rows);
@@ -32,6 +31,9 @@ export class Settings {
         this.showSizeHint();
         this.save();
       });
+    }
+    for (const { name, instead } of FIELDS) {
+      if (instead) this.inputs.get(name).addEventListener("input", () => this.empty(instead));
     }
     section.append(
       h(
@@ -50,26 +52,41 @@ export class Settings {
 
   /** Show the settings of one mode. */
   show(kind) {
-    FIELDS.forEach((field, i) => {
-      this.rows[i].hidden = !field.kinds.includes(kind);
-      this.inputs.get(field.name).disabled = this.rows[i].hidden;
+    this.kind = kind;
+    const defaults = this.defaults(kind);
+    FIELDS.forEach(({ name, kinds, needs, own }, i) => {
+      const input = this.inputs.get(name);
+      this.rows[i].hidden = !kinds.includes(kind) || !this.can(needs);
+      input.disabled = this.rows[i].hidden;
+      if (defaults[own] !== undefined) showDefault(input, defaults[own]);
     });
     this.showSizeHint();
   }
 
+  /** Whether the model was trained for something; before it is described, for anything. */
+  can(something) {
+    const { capabilities } = this.model;
+    return !something || !capabilities || capabilities.includes(something);
+  }
+
+  /** The model's values of what is left empty, by the `own` name of the field. */
+  defaults(kind) {
+    const { image_size: size, video, ...rest } = this.model;
+    if (kind !== "video") return { ...rest, size };
+    return video ?? {};
+  }
+
   /** Show the model's defaults in empty fields, and set the server's limits. */
   describe({ limits = {}, ...model }) {
+    this.model = model;
     this.trained = { sizes: model.trained_sizes ?? [], pixels: model.trained_pixels ?? null };
     this.sizes.replaceChildren(...this.trained.sizes.map((size) => h("option", { value: size })));
-    this.showSizeHint();
-    for (const { name, own, limit } of FIELDS) {
-      const input = this.inputs.get(name);
-      if (model[own] !== undefined) {
-        input.placeholder = model[own];
-        this.own.set(name, model[own]);
-      }
-      if (limits[limit] !== undefined) input.max = limits[limit];
+    for (const { name, limit } of FIELDS) {
+      if (limits[limit] !== undefined) this.inputs.get(name).max = limits[limit];
     }
+    const tube = model.video?.tube_frames;
+    if (tube) Object.assign(this.inputs.get("frames"), { min: tube, step: tube });
+    this.show(this.kind);
   }
 
   /** Whether all values are valid; if not, the field at fault is shown. */
@@ -94,12 +111,13 @@ export class Settings {
 
   /** [label, value] of all that is known of how a request was answered. */
   facts({ kind, options }) {
-    return FIELDS.filter((field) => field.kinds.includes(kind))
-      .map(({ name, label }) => [label, options[name] ?? this.own.get(name)])
+    const defaults = this.defaults(kind);
+    return FIELDS.filter(({ name, kinds, instead }) => kinds.includes(kind) && !options[instead])
+      .map(({ name, label, own }) => [label, options[name] ?? defaults[own]])
       .filter(([, value]) => value !== undefined);
   }
 
-  makeRow({ name, label, help, input, choices }) {
+  makeRow({ name, label, help, input, choices, wide }) {
     const props = { id: `setting-${name}`, title: help };
     const control = choices
       ? h("select", props, ...optionsOf(choices))
@@ -109,7 +127,7 @@ export class Settings {
       return h("label", { class: "row check wide", title: help }, control, label);
     }
     const caption = h("label", { for: control.id, title: help }, label);
-    if (name !== "seed") return h("div", { class: "row" }, caption, control);
+    if (name !== "seed") return h("div", { class: wide ? "row wide" : "row" }, caption, control);
     control.placeholder = "random";
     const joined = h("div", { class: "joined" }, control, this.dice());
     return h("div", { class: "row wide" }, caption, joined);
@@ -131,11 +149,17 @@ export class Settings {
     const { sizes, pixels } = this.trained;
     const [width, height] = value.split("x").map(Number);
     const area = width * height;
-    const known = sizes.length > 0 || pixels !== null;
+    const known = this.kind !== "video" && (sizes.length > 0 || pixels !== null);
+    if (this.kind === "video") this.inputs.get("size").removeAttribute("list");
+    else this.inputs.get("size").setAttribute("list", this.sizes.id);
     const fits = sizes.includes(value) || (pixels && pixels[0] <= area && area <= pixels[1]);
     const odd = known && !disabled && area > 0 && !fits;
     this.sizeHint.hidden = !odd;
     this.sizeHint.textContent = odd ? `${describeTrained(sizes, pixels)} Others may look broken.` : "";
+  }
+
+  empty(name) {
+    this.inputs.get(name).value = "";
   }
 
   reset() {
@@ -160,6 +184,12 @@ export class Settings {
 
 function optionsOf(choices) {
   return Object.entries(choices).map(([value, label]) => h("option", { value }, label));
+}
+
+/** What an empty field stands for. */
+function showDefault(input, value) {
+  if (input.options) input.options[0].textContent = `${value} (default)`;
+  else input.placeholder = value;
 }
 
 function describeTrained(sizes, pixels) {

@@ -24,6 +24,18 @@ export class Tabs {
     this.show(id);
   }
 
+  /** Offer the panels for which `isOffered(id)`; where the shown one is none of them, the first. */
+  offer(isOffered) {
+    for (const tab of this.tabs) tab.hidden = !isOffered(panelOf(tab));
+    if (this.offered.every((tab) => panelOf(tab) !== this.current)) {
+      if (this.offered.length) this.show(panelOf(this.offered[0]));
+    }
+  }
+
+  get offered() {
+    return this.tabs.filter((tab) => !tab.hidden);
+  }
+
   show(id) {
     this.current = id;
     for (const tab of this.tabs) {
@@ -48,11 +60,12 @@ export class Tabs {
     const step = steps[event.key];
     if (step === undefined) return;
     event.preventDefault();
-    const last = this.tabs.length - 1;
-    const now = this.tabs.findIndex((tab) => panelOf(tab) === this.current);
+    const tabs = this.offered;
+    const last = tabs.length - 1;
+    const now = tabs.findIndex((tab) => panelOf(tab) === this.current);
     const next = Number.isFinite(step) ? (now + step + last + 1) % (last + 1) : step > 0 ? last : 0;
-    this.visit(panelOf(this.tabs[next]));
-    this.tabs[next].focus();
+    this.visit(panelOf(tabs[next]));
+    tabs[next].focus();
   }
 }
 
