@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,21 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.cli.batch import MAX_LINE_BYTES, BadLine, Line, Results, count_lines, read_lines
-from neounify.cli.options import ChatOptions, EditOptions, GenerateOptions
+from neounify.cli.batch import Results, job_hash
+from neounify.cli.lines import (
+    CONDITION,
+    IMAGES,
+    MAX_LINE_BYTES,
+    VIDEOS,
+    BadLine,
+    Line,
+    count_lines,
+    read_lines,
+)
+from neounify.cli.options import ChatOptions, ClipOptions, EditOptions, GenerateOptions
+from neounify.cli.videos import QuestionOptions
 from neounify.pipeline import Pipeline
+from support.clips import clip_bytes, numbered
 
 SMALL = ("--size", "64x32", "--steps", "2", "--device", "cpu")
 GENERATE = ("generate", "--input", "jobs.jsonl", "--output", "out", *SMALL)
@@ -217,13 +230,59 @@ def test_a_batch_needs_a_file(run: Callable[..., Any]) -> None:
     assert not Path("out").exists()
 
 
+def test_questions_about_clips(run: Callable[..., Any], toy: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(clip_bytes(numbered(20)))
+    write(
+        {"prompt": "what moves?", "videos": ["clip.mp4"]},
+        {"prompt": "and in <video>?", "videos": ["clip.mp4"], "fps": 2, "max_frames": 3},
+        {"prompt": "hello?"},
+        {"prompt": "what?", "videos": ["nowhere.mp4"]},
+        {"prompt": "what?", "videos": "clip.mp4"},
+        {"prompt": "<video>"},
+    )
+    arguments = ("chat", "--input", "jobs.jsonl", "--output", "out", "--max-new-tokens", 5)
+    ran = run(*arguments, "--device", "cpu")
+    assert ran.code == 1
+    done = {record["line"]: record for record in records() if record["status"] == "done"}
+    pipe = neounify.load(toy, device="cpu")
+    wanted = [
+        pipe.chat("what moves?", video=clip, max_new_tokens=5),
+        pipe.chat("and in <video>?", video=clip, fps=2, max_frames=3, max_new_tokens=5),
+        pipe.chat("hello?", max_new_tokens=5),
+    ]
+    assert [done[n]["answer"] for n in (1, 2, 3)] == [answer.text for answer in wanted]
+    assert [done[n]["prompt_tokens"] for n in (1, 2, 3)] == [w.prompt_tokens for w in wanted]
+    assert "nowhere.mp4: no such file" in ran.err
+    assert "videos must be a list of file names, found 'clip.mp4'" in ran.err
+
+
+def test_options_of_clips_leave_the_jobs_of_earlier_batches_done(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(description={"fingerprint": "0"})
+    text = '{"prompt": "a", "seed": 3}'
+    pairs: list[tuple[Any, Any, tuple[str, ...]]] = [
+        (GenerateOptions(), ClipOptions(), (CONDITION,)),
+        (ChatOptions(), QuestionOptions(), (IMAGES, VIDEOS)),
+    ]
+    for before, now, files in pairs:
+        assert job_hash(line_of(tmp_path, text, before), model) == job_hash(
+            line_of(tmp_path, text, now, files), model
+        )
+    clip = line_of(tmp_path, text, ClipOptions(frames=8), (CONDITION,))
+    assert job_hash(clip, model) != job_hash(line_of(tmp_path, text), model)
+    named = line_of(tmp_path, '{"prompt": "a", "seed": 3, "condition": "x"}', None, (CONDITION,))
+    assert job_hash(named, model) != job_hash(line_of(tmp_path, text), model)
+
+
 # --- reading lines -------------------------------------------------------------------------------
 
 
-def line_of(tmp_path: Path, text: str | bytes, defaults: Any = None, images: bool = False) -> Any:
+def line_of(
+    tmp_path: Path, text: str | bytes, defaults: Any = None, files: tuple[str, ...] = ()
+) -> Any:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    (line,) = read_lines(path, defaults or GenerateOptions(), images=images)
+    (line,) = read_lines(path, defaults or GenerateOptions(), files)
     return line
 
 
@@ -256,9 +315,9 @@ def test_bad_lines(tmp_path: Path, text: str | bytes, words: str) -> None:
 def test_a_line_sets_what_the_command_line_sets(tmp_path: Path) -> None:
     defaults = EditOptions(size="64x64", steps=3, seed=5, guidance=2.0)
     text = '\ufeff{"prompt": "a", "width": 32, "height": 96, "guidance": 3, "images": ["x/y.png"]}'
-    line = line_of(tmp_path, text, defaults, images=True)
+    line = line_of(tmp_path, text, defaults, (IMAGES,))
     assert line.options == EditOptions(width=32, height=96, steps=3, seed=5, guidance=3.0)
-    assert line.paths == (tmp_path / "x/y.png",)
+    assert line.paths(IMAGES) == (tmp_path / "x/y.png",)
     line = line_of(tmp_path, '{"prompt": "a", "size": [96, 32], "interval": [0, 0.5]}', defaults)
     assert line.options.dimensions() == (96, 32)
     assert line.options.arguments()["guidance_interval"] == (0.0, 0.5)
@@ -269,7 +328,7 @@ def test_a_line_sets_what_the_command_line_sets(tmp_path: Path) -> None:
 def test_seeds_follow_the_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"prompt":"a"}\n\n{"prompt":"b"}\n{"prompt":"c","seed":1}', encoding="utf-8")
-    lines = list(read_lines(path, GenerateOptions(seed=10), images=False))
+    lines = list(read_lines(path, GenerateOptions(seed=10)))
     assert [n.options.seed for n in lines if isinstance(n, Line)] == [10, 12, 1]
     assert count_lines(path) == 3
 
@@ -278,7 +337,7 @@ def test_a_line_that_is_too_long_is_skipped_whole(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     long = b'{"prompt": "' + b"a" * (3 * MAX_LINE_BYTES) + b'"}\n'
     path.write_bytes(long + b'{"prompt": "short"}\n')
-    first, second = read_lines(path, GenerateOptions(), images=False)
+    first, second = read_lines(path, GenerateOptions())
     assert isinstance(first, BadLine)
     assert "longer than" in first.reason
     assert isinstance(second, Line)

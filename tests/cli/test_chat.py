@@ -93,5 +93,37 @@ def test_a_question_about_a_clip(run: Callable[..., Any], pipe: Pipeline, tmp_pa
 
 def test_options_of_clips_need_a_clip(run: Callable[..., Any]) -> None:
     assert "need --video FILE" in run("chat", "what?", "--fps", 1, *SHORT).err
-    assert "need QUESTION" in run("chat", "--video", "clip.mp4", *SHORT).err
+    both = run("chat", "--input", "x.jsonl", "--video", "clip.mp4", *SHORT)
+    assert "files on the command line or --input, not both" in both.err
     assert "clip.mp4: no such file" in run("chat", "what?", "--video", "clip.mp4", *SHORT).err
+
+
+def test_clips_in_a_conversation(run: Callable[..., Any], pipe: Pipeline, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
+    first.write_bytes(clip_bytes(numbered(20)))
+    second.write_bytes(clip_bytes(numbered(9)[::-1], sound=True))
+    lines = f"what moves?\n/video '{second}'\nand <video> now?\n/save talk.json\n/exit\n"
+    options = ("--fps", 2, "--max-frames", 3, *SHORT)
+    ran = run("chat", "--video", first, *options, input=lines)
+    assert ran.code == 0, ran.err
+    asked: dict[str, Any] = {"fps": 2, "max_frames": 3, "max_new_tokens": 6}
+    answer = pipe.chat("what moves?", video=first, **asked).text
+    history = [
+        {"role": "user", "content": "<video>what moves?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "and <video> now?"},
+    ]
+    later = pipe.chat(history, video=[first, second], **asked).text
+    assert ran.out == f"{answer}\n{later}\n"
+    assert "second.mp4: 2 of 9 frames, 0.9 s; its sound is not heard" in ran.err
+    saved = json.loads(Path("talk.json").read_text(encoding="utf-8"))
+    assert saved["messages"][:3] == history
+    assert saved["video"] == [str(first), str(second)]
+
+
+def test_a_conversation_survives_clips_that_cannot_be_read(run: Callable[..., Any]) -> None:
+    ran = run("chat", *SHORT, input="/video nowhere.mp4\nwhat <video>?\nhi\n")
+    assert ran.code == 0
+    assert "nowhere.mp4: no such file" in ran.err
+    assert "1 <video> marks for 0 clips" in ran.err
+    assert len(ran.out.splitlines()) >= 1

@@ -18,6 +18,8 @@ from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
 from neounify.text import byte_tokenizer
+from neounify.video.read import read_video
+from support.clips import clip_bytes, numbered
 
 SMALL = ("--size", "64x32", "--steps", "2")
 
@@ -223,8 +225,8 @@ def test_inspect_refuses_other_pngs(run: Callable[..., Any], image_file: Path) -
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a miniature that generates videos."""
-    able = (*TINY.capabilities, "generate_video")
-    config = TINY.replace(video=VideoConfig(tube_frames=4), capabilities=able)
+    able = (*TINY.capabilities, "generate_video", "continue_video")
+    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
     folder = tmp_path_factory.mktemp("moving") / "model"
     neounify.Pipeline(NeoUnify(config).eval(), byte_tokenizer()).save(folder)
     return folder
@@ -246,6 +248,37 @@ def test_videos_are_saved_with_their_records(run: Callable[..., Any], moving: Pa
     lines.write_text('{"prompt": "a star", "id": "moves", "seed": 3}\n')
     assert run("generate", "--input", lines, *clip[2:], "--output", "many").code == 0
     assert Path("many/moves_s3_1.mp4").is_file()
+
+
+def test_clips_are_continued(run: Callable[..., Any], moving: Path, tmp_path: Path) -> None:
+    (tmp_path / "before.mp4").write_bytes(clip_bytes(numbered(9)))
+    clip = (*SMALL, "--model", moving, "--device", "cpu", "--frames", 8, "--fps", 10)
+    ran = run("generate", "What next?", *clip, "--condition", "before.mp4")
+    assert ran.code == 0, ran.err
+    path = Path("outputs/what-next_s0_1.mp4")
+    assert json.loads(path.with_suffix(".json").read_text())["condition"] == "before.mp4"
+    Path("lines.jsonl").write_text(
+        '{"prompt": "What next?", "condition": "before.mp4"}\n{"prompt": "What next?", "seed": 0}\n'
+    )
+    assert run("generate", "--input", "lines.jsonl", *clip, "--output", "many").code == 0
+    first, second = (Path(f"many/000{n}-what-next_s0_1.mp4") for n in (1, 2))
+    continued, alone = (read_video(file).images[0] for file in (first, second))
+    assert continued.tobytes() == read_video(path).images[0].tobytes()
+    assert continued.tobytes() != alone.tobytes()
+    pipe = neounify.load(moving, device="cpu")
+    sizes: dict[str, Any] = {"width": 64, "height": 32, "frames": 8, "fps": 10, "steps": 2}
+    wanted = pipe.generate("What next?", condition="before.mp4", **sizes).videos[0]
+    wanted.save("wanted.mp4")
+    assert continued.tobytes() == read_video("wanted.mp4").images[0].tobytes()
+    refused = run("generate", "a", "--model", moving, "--condition", "before.mp4")
+    assert "--condition is of videos: give --frames" in refused.err
+
+
+def test_models_that_do_not_continue_clips_say_so(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "before.mp4").write_bytes(clip_bytes(numbered(9)))
+    ran = run("generate", "a star", *SMALL, "--frames", 8, "--condition", "before.mp4")
+    assert ran.code == 1
+    assert "was not trained to continue videos; it can answer" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +20,14 @@ from neounify.flow.sampling import ImageSampling
 from neounify.image.clips import rows_to_frames
 from neounify.model import NeoUnify
 from neounify.pipeline import ImageProgress
+from neounify.pipeline.videos import read_condition
 from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.video import in_tubes
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.clips import clip_text
+from neounify.video.clip import Video
+from support.clips import clip_bytes, numbered, numbers_of
 from support.golden_steps import Steps
 
 SIZE: dict[str, Any] = {"width": 64, "height": 32, "steps": 3, "frames": 8, "fps": 16}
@@ -33,7 +37,7 @@ PROMPTS = ["a star moves left", "two circles", "x"]
 @pytest.fixture(scope="module")
 def clips() -> neounify.Pipeline:
     torch.manual_seed(0)
-    able = (*TINY.capabilities, "generate_video")
+    able = (*TINY.capabilities, "generate_video", "continue_video")
     config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
     return neounify.Pipeline(NeoUnify(config).eval(), byte_tokenizer())
 
@@ -111,6 +115,35 @@ def test_frames_before_a_clip_are_its_condition(clips: neounify.Pipeline) -> Non
     one = clips.generate("a star", condition=first[:4], **SIZE)
     other = clips.generate("a star", condition=first[4:], **SIZE)
     assert not torch.equal(frames_of(one), frames_of(other))
+
+
+def test_a_clip_is_continued_as_the_list_of_its_frames_is(clips: neounify.Pipeline) -> None:
+    # At 8 frames a second 7 frames of 10 a second are 6, of which the last 4 fill a tube.
+    clip = Video(torch.from_numpy(np.stack(numbered(7))), fps=Fraction(10))
+    taken = read_condition(clip, clips.config, 8)
+    assert numbers_of(taken) == [2, 3, 5, 6]
+    assert numbers_of(read_condition(clip_bytes(numbered(7)), clips.config, 8)) == [2, 3, 5, 6]
+    settings = SIZE | {"fps": 8}
+    whole = clips.generate("a star", condition=clip, **settings)
+    listed = clips.generate("a star", condition=taken, **settings)
+    assert torch.equal(frames_of(whole), frames_of(listed))
+    # Fewer frames a second than are generated stay as long as they were shown.
+    twice = [number for number in range(1, 7) for _ in range(2)]
+    assert numbers_of(read_condition(clip, clips.config, 20)) == twice
+
+
+def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) -> None:
+    with pytest.raises(NeounifyError, match="a clip of 3 frames at 10 a second is too short"):
+        read_condition(clip_bytes(numbered(3)), clips.config, 10)
+    with pytest.raises(NeounifyError, match=r"5\.0 s at 24 frames a second are more than the 96"):
+        read_condition(clip_bytes(numbered(25), fps=5), clips.config)
+    with pytest.raises(NeounifyError, match="fps must be a finite number above 0"):
+        read_condition(
+            Video(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), Fraction(10)), clips.config, 0
+        )
+    able = tuple(n for n in clips.config.capabilities if n != "continue_video")
+    with pytest.raises(NeounifyError, match="was not trained to continue videos; it can answer"):
+        read_condition([], clips.config.replace(capabilities=able))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""JSONL batches: read and check the lines, skip what an earlier run did, record the rest.
-
-Lines are bounded in length; each is a job or the reason why it is none.
-"""
+"""JSONL batches: check the lines, skip what an earlier run did, record the rest."""
 
 from __future__ import annotations
 
@@ -10,28 +7,23 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Protocol
 
 import typer
 
-from neounify.cli.command import CliError, WriteError, checked_value, explain, short_repr
+from neounify.cli.command import CliError, WriteError, explain
 from neounify.cli.display import Display, Tick
 from neounify.cli.files import append_line
+from neounify.cli.lines import IMAGES, BadLine, Line, Options, count_lines, read_lines
 from neounify.cli.models import LoadedModel
-from neounify.cli.options import (
-    BATCH,
-    ChatOptions,
-    GenerateOptions,
-    option,
-)
+from neounify.cli.options import BATCH, ChatOptions, GenerateOptions, option
 from neounify.errors import NeounifyError
 
-MAX_LINE_BYTES = 2**20
 RESULTS = "results.jsonl"
 WINDOW = 16
 """Batches of lines that are read ahead to find lines of equal settings."""
@@ -42,10 +34,11 @@ MAX_SECONDS = 5.0
 MAX_NAMED = 3
 """Unusable lines that an error names one by one."""
 
-_LATER_OPTIONS = ("min_p",)
+_LATER_OPTIONS = ("min_p", "frames", "fps", "max_frames", "tubes")
 """Options younger than the first recorded batches: not part of a job's hash unless they are set."""
+_EARLIER_NAMES = {"ClipOptions": "GenerateOptions", "QuestionOptions": "ChatOptions"}
+"""What options were called in the hashes of the first recorded batches."""
 
-Options = TypeVar("Options", bound=GenerateOptions | ChatOptions)
 LineOutcome = dict[str, Any]
 """The record of a line in the results file, without its number and job."""
 
@@ -60,9 +53,9 @@ class BatchOptions:
             BATCH,
             "FILE.jsonl",
             "Process a file instead: one JSON object per line with `prompt` and, optionally, "
-            "`id`, `images` and any option by its name (`max_new_tokens`). Run the same command "
-            "again to resume after an interruption. A line without a seed gets --seed + its "
-            "line number - 1.",
+            "`id`, `images`, `videos` or `condition`, and any option by its name "
+            "(`max_new_tokens`). Run the same command again to resume after an interruption. A "
+            "line without a seed gets --seed + its line number - 1.",
             "--input",
             "-i",
         ),
@@ -73,125 +66,6 @@ class BatchOptions:
     ] = 4
 
 
-# --- lines of the file ---
-
-
-@dataclass(frozen=True)
-class Line(Generic[Options]):
-    """The job of one line. `images` are as written, `paths` relative to the file's folder."""
-
-    number: int
-    id: str | int | None
-    prompt: str
-    images: tuple[str, ...]
-    paths: tuple[Path, ...]
-    options: Options
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line that cannot be processed, and why."""
-
-    number: int
-    reason: str
-    id: str | int | None = None
-
-
-def count_lines(path: Path) -> int:
-    """The number of lines that are not blank."""
-    return sum(1 for _ in _raw_lines(path))
-
-
-def read_lines(path: Path, defaults: Options, *, images: bool) -> Iterator[Line[Options] | BadLine]:
-    """The jobs of a file, line by line; `defaults` fill the fields a line leaves out.
-
-    A line without a seed gets the default seed plus its line number - 1, so that a line's
-    result does not depend on how often the batch was interrupted. `images` says whether
-    lines may name images; relative paths start at the file's folder.
-    """
-    for number, raw in _raw_lines(path):
-        identity: str | int | None = None
-        try:
-            document = _parse(raw)
-            identity = _identity(document)
-            yield _to_line(number, identity, document, defaults, path.parent, images)
-        except CliError as error:
-            yield BadLine(number, str(error), identity)
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, content) of lines that are not blank; None for one that is too long."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    yield number, None
-                    continue
-                text = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
-                if text:
-                    yield number, text
-    except OSError as error:
-        raise CliError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _parse(raw: bytes | None) -> dict[str, Any]:
-    if raw is None:
-        raise CliError(f"the line is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        document = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise CliError("the line is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise CliError(f"the line is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise CliError('the line is not a JSON object such as {"prompt": "a red boat"}')
-    return document
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _identity(document: dict[str, Any]) -> str | int | None:
-    value = document.get("id")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise CliError(f"id must be a text or a whole number, found {short_repr(value)}")
-    return value
-
-
-def _to_line(
-    number: int,
-    identity: str | int | None,
-    document: dict[str, Any],
-    defaults: Options,
-    folder: Path,
-    images: bool,
-) -> Line[Options]:
-    fields = {key: value for key, value in document.items() if key not in ("id", "prompt")}
-    names = _image_names(fields.pop("images", [])) if images else ()
-    others = ("prompt", "id", *(("images",) if images else ()))
-    options = with_fields(defaults, fields, others)
-    if "seed" not in document:
-        options = dataclasses.replace(options, seed=(defaults.seed or 0) + number - 1)
-    if "prompt" not in document:
-        raise CliError("the field `prompt` is missing")
-    prompt = document["prompt"]
-    if not isinstance(prompt, str):
-        raise CliError(f"prompt must be a text, found {short_repr(prompt)}")
-    paths = tuple(folder / name for name in names)
-    return Line(number, identity, prompt, names, paths, options)
-
-
-def _image_names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise CliError(f"images must be a list of file names, found {short_repr(value)}")
-    return tuple(value)
-
-
 # --- results of earlier runs ---
 
 
@@ -200,13 +74,15 @@ def job_hash(line: Line[Any], model: LoadedModel) -> str:
     keys = ("fingerprint", "dtype", "lora", "colour_profiles")
     options = dataclasses.asdict(line.options)
     for name in _LATER_OPTIONS:
-        if options.get(name) is None:
+        if options.get(name) in (None, False):
             options.pop(name, None)
+    task = type(line.options).__name__
     document = {
         "id": line.id,
         "prompt": line.prompt,
-        "images": line.images,
-        "task": type(line.options).__name__,
+        "images": line.files.get(IMAGES, ()),
+        **{field: names for field, names in line.files.items() if field != IMAGES and names},
+        "task": _EARLIER_NAMES.get(task, task),
         "options": options,
         "model": [model.description[key] for key in keys if key in model.description],
     }
@@ -279,8 +155,7 @@ def check_lines(
     check: Callable[[Line[Options]], None],
     display: Display,
     results: Results,
-    *,
-    images: bool,
+    files: Collection[str] = (),
 ) -> None:
     """Report on stderr how many lines cannot be processed.
 
@@ -290,7 +165,7 @@ def check_lines(
     bad: list[BadLine] = []
     usable = results.any_done
     end = time.monotonic() + MAX_SECONDS
-    for number, line in enumerate(read_lines(path, defaults, images=images)):
+    for number, line in enumerate(read_lines(path, defaults, files)):
         if number >= MAX_CHECKED or time.monotonic() > end:
             usable = True
             break
@@ -367,10 +242,10 @@ class BatchRun:
         self._batch_size, self._debug = batch_size, debug
         self.summary = RunSummary()
 
-    def run(self, path: Path, defaults: Any, *, images: bool) -> RunSummary:
+    def run(self, path: Path, defaults: Any, files: Collection[str] = ()) -> RunSummary:
         total = count_lines(path)
         with _resumable(self.summary), self._display.bar(path.name, total, "line") as tick:
-            jobs = self._pending(read_lines(path, defaults, images=images))
+            jobs = self._pending(read_lines(path, defaults, files))
             while window := list(islice(jobs, WINDOW * self._batch_size)):
                 for lines in self._together(window):
                     self._do(lines, tick)
@@ -458,34 +333,3 @@ def finish(summary: RunSummary, results: Results, display: Display) -> None:
     )
     if failed:
         raise typer.Exit(1)
-
-
-def with_fields(defaults: Options, fields: dict[str, Any], others: Sequence[str]) -> Options:
-    """The defaults with the fields of a line of a batch. A size or an interval may be a list.
-
-    `others` are fields of a line that are no options. Raises CliError.
-    """
-    hints = get_type_hints(type(defaults), include_extras=True)
-    known = {field.name for field in dataclasses.fields(type(defaults))}
-    for name in fields:
-        if name not in known:
-            names = ", ".join([*others, *sorted(known)])
-            raise CliError(f"unknown field {short_repr(name)}; known are {names}")
-    values = {}
-    for name, value in fields.items():
-        if (plain := _plain(name, value)) is not None:
-            values[name] = checked_value(name, plain, hints[name], value)
-    sizes = {"size", "width", "height"}
-    if values.keys() & sizes:
-        # A line's size replaces the command line's, however either is written.
-        values = dict.fromkeys(known & sizes) | values
-    return dataclasses.replace(defaults, **values)
-
-
-def _plain(name: str, value: Any) -> Any:
-    separators = {"size": "x", "interval": ","}
-    if name in separators and isinstance(value, list) and len(value) == 2:
-        return separators[name].join(str(part) for part in value)
-    if name == "stop" and isinstance(value, str):
-        return [value]
-    return value

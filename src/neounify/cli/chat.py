@@ -19,7 +19,6 @@ from neounify.bundled import bundled_model
 from neounify.cli.batch import (
     BatchOptions,
     BatchRun,
-    Line,
     LineOutcome,
     Results,
     check_lines,
@@ -30,15 +29,10 @@ from neounify.cli.batch import (
 from neounify.cli.command import UsageError
 from neounify.cli.display import Display
 from neounify.cli.files import candidates, make_folder, writable_folder, write_new
+from neounify.cli.lines import IMAGES, VIDEOS, Line
 from neounify.cli.models import LoadedModel, open_model, resolve_model
-from neounify.cli.options import (
-    FILES,
-    ChatOptions,
-    ModelOptions,
-    ReportOptions,
-    option,
-)
-from neounify.cli.videos import ClipFiles, VideoFiles, VideoFrames, VideoRate, VideoTubes
+from neounify.cli.options import FILES, ModelOptions, ReportOptions, option
+from neounify.cli.videos import QuestionOptions, VideoFiles, read_clips
 from neounify.errors import Cancelled, NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
@@ -46,9 +40,12 @@ from neounify.runtime import lasting_imports
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from neounify.tasks.clips import Frames
+
 HELP = """\
 Type a question and press Enter. Commands:
   /image FILE   add an image to the next question
+  /video FILE   add a video to the next question
   /clear        clear the history
   /save [FILE]  save the chat as JSON
   /exit         leave (also Ctrl-D)
@@ -82,22 +79,19 @@ def chat(
         ),
     ] = None,
     video: VideoFiles = None,
-    fps: VideoRate = None,
-    max_frames: VideoFrames = None,
-    tubes: VideoTubes = False,
     output: Annotated[
         Path,
         option(FILES, "FOLDER", "Folder of what --input and /save write.", "--output", "-o"),
     ] = Path("outputs"),
     model: ModelOptions,
-    options: ChatOptions,
+    options: QuestionOptions,
     batch: BatchOptions,
     report: ReportOptions,
 ) -> None:
-    """Ask about images, or chat; answers are streamed.
+    """Ask about images and videos, or chat; answers are streamed.
 
     Without a question an interactive chat starts, which keeps its history: /image FILE adds an
-    image, /help lists the other commands.
+    image, /video FILE a video, /help lists the other commands.
 
     \b
       neounify chat "What is in the image?" --image lake.png --model FOLDER
@@ -106,23 +100,21 @@ def chat(
       neounify chat --input questions.jsonl --output answers
     """
     resolve_model(model.model)
-    if question is None and (video or fps is not None or max_frames is not None):
-        raise UsageError("--video, --fps and --max-frames need QUESTION")
+    images, videos = image or (), video or ()
     if batch.input is not None:
-        _answer_batch(question, image or (), output, model, options, batch, report)
+        _answer_batch(question, (*images, *videos), output, model, options, batch, report)
     elif question is not None:
-        clips = ClipFiles(video or (), fps, max_frames, tubes)
-        _answer(question, image or (), clips, model, options, report)
+        _answer(question, images, videos, model, options, report)
     else:
-        _interactive(image or (), output, model, options, report)
+        _interactive(images, videos, output, model, options, report)
 
 
 def _answer(
     question: str,
     images: Sequence[Path],
-    clips: ClipFiles,
+    clips: Sequence[Path],
     model: ModelOptions,
-    options: ChatOptions,
+    options: QuestionOptions,
     report: ReportOptions,
 ) -> None:
     """Stream the answer to one question on stdout."""
@@ -130,10 +122,12 @@ def _answer(
         from neounify.cli.checks import check_chat_request, check_model
         from neounify.tasks.chat import read_images
 
+    if options.of_videos and not clips:
+        raise UsageError("--fps, --max-frames and --tubes need --video FILE")
     checkpoint = check_model(model)
     inputs = read_images(images, colour_profiles=model.colour_profiles)
     display = Display(quiet=report.quiet, json=report.json)
-    videos = clips.read(checkpoint.config, display)
+    videos = read_clips(clips, options, checkpoint.config, display)
     check_chat_request(question, inputs, options, videos)
     if not images and not videos and asks_about_image(question, model.model):
         display.note(NO_IMAGE)
@@ -150,7 +144,7 @@ def _answer(
             "task": "chat",
             "question": question,
             "images": [str(image) for image in images],
-            "videos": [str(path) for path in clips.paths],
+            "videos": [str(path) for path in clips],
             "frames": [len(video.images) for video in videos],
             "answer": result.text,
             "finish_reason": result.finish_reason,
@@ -164,10 +158,10 @@ def _answer(
 
 def _answer_batch(
     question: str | None,
-    images: Sequence[Path],
+    files: Sequence[Path],
     output: Path,
     model: ModelOptions,
-    options: ChatOptions,
+    options: QuestionOptions,
     batch: BatchOptions,
     report: ReportOptions,
 ) -> None:
@@ -182,30 +176,32 @@ def _answer_batch(
         from neounify.tasks.chat import read_images
 
     assert batch.input is not None
-    if question is not None or images:
-        raise UsageError("give a question and images on the command line or --input, not both")
+    if question is not None or files:
+        raise UsageError("give a question and files on the command line or --input, not both")
     check_jobs_file(batch.input)
-    check_model(model)
+    config = check_model(model).config
     check_chat_options(options)
     folder = writable_folder(output)
     display = Display(quiet=report.quiet, json=report.json)
 
-    def check(line: Line[ChatOptions]) -> None:
-        check_chat_request(line.prompt, read_images(line.paths), line.options)
+    def check(line: Line[QuestionOptions]) -> None:
+        videos = read_clips(line.paths(VIDEOS), line.options, config)
+        check_chat_request(line.prompt, read_images(line.paths(IMAGES)), line.options, videos)
 
     with locked_folder(folder):
         results = Results(folder)
-        check_lines(batch.input, options, check, display, results, images=True)
+        check_lines(batch.input, options, check, display, results, (IMAGES, VIDEOS))
         task = ChatLines(open_model(model, display), display)
         runner = BatchRun(task, results, display, batch_size=batch.batch_size, debug=report.debug)
-        finish(runner.run(batch.input, options, images=True), results, display)
+        finish(runner.run(batch.input, options, (IMAGES, VIDEOS)), results, display)
 
 
 def _interactive(
     images: Sequence[Path],
+    videos: Sequence[Path],
     output: Path,
     model: ModelOptions,
-    options: ChatOptions,
+    options: QuestionOptions,
     report: ReportOptions,
 ) -> None:
     """Chat until the user leaves."""
@@ -216,12 +212,15 @@ def _interactive(
     if report.json:
         raise UsageError("--json needs QUESTION or --input; interactive chat has no JSON output")
     display = Display(quiet=report.quiet)
-    check_model(model)
+    config = check_model(model).config
     check_chat_options(options)
     inputs = read_images(images, colour_profiles=model.colour_profiles)
+    clips = read_clips(videos, options, config, display)
     loop = ChatLoop(open_model(model, display), options, display, output)
     for path, image in zip(images, inputs, strict=True):
         loop.add_image(path, image)
+    for path, clip in zip(videos, clips, strict=True):
+        loop.add_video(path, clip)
     loop.run()
 
 
@@ -243,18 +242,24 @@ class ChatLines:
     def __init__(self, model: LoadedModel, display: Display) -> None:
         self._model, self._display = model, display
 
-    def job(self, line: Line[ChatOptions]) -> str:
+    def job(self, line: Line[QuestionOptions]) -> str:
         return job_hash(line, self._model)
 
-    def group(self, line: Line[ChatOptions]) -> Hashable:
+    def group(self, line: Line[QuestionOptions]) -> Hashable:
         # Sampled lines have different seeds, and a call takes one.
         return line.number if (line.options.temperature or 0) > 0 else settings_key(line.options)
 
-    def do(self, lines: Sequence[Line[ChatOptions]]) -> list[LineOutcome]:
-        arguments = lines[0].options.arguments()
+    def do(self, lines: Sequence[Line[QuestionOptions]]) -> list[LineOutcome]:
+        from neounify.tasks.clips import place_videos
+
+        arguments, config = lines[0].options.arguments(), self._model.pipe.config
+        prompts: list[Any] = []
+        for line in lines:
+            videos = read_clips(line.paths(VIDEOS), line.options, config)
+            prompts.append(place_videos(line.prompt, videos) if videos else line.prompt)
         with self._display.bar("answering"):
             answers = self._model.pipe.chat_batch(
-                [line.prompt for line in lines], [line.paths for line in lines], **arguments
+                prompts, [line.paths(IMAGES) for line in lines], **arguments
             )
         return [
             {
@@ -274,22 +279,27 @@ class ChatLines:
 class ChatLoop:
     """The history of a chat and the loop that adds to it.
 
-    `_messages` mark each of `_images` with `<image>`; `_pending` images belong to the next
-    question.
+    `_messages` mark each of `_images` with `<image>` and each of `_videos` with `<video>`; the
+    last ones, from `_asked` on (images, videos), belong to the next question.
     """
 
     def __init__(
-        self, model: LoadedModel, options: ChatOptions, display: Display, folder: Path
+        self, model: LoadedModel, options: QuestionOptions, display: Display, folder: Path
     ) -> None:
         self._model, self._options, self._display = model, options, display
         self._folder = folder
         self._messages: list[dict[str, str]] = []
         self._images: list[tuple[Path, Image]] = []
-        self._pending: list[tuple[Path, Image]] = []
+        self._videos: list[tuple[Path, Frames]] = []
+        self._asked = (0, 0)
 
     def add_image(self, path: Path, image: Image) -> None:
         """Keep an image for the next question."""
-        self._pending.append((path, image))
+        self._images.append((path, image))
+
+    def add_video(self, path: Path, video: Frames) -> None:
+        """Keep a video for the next question."""
+        self._videos.append((path, video))
 
     def run(self) -> None:
         """Read lines until /exit or the end of the input."""
@@ -317,7 +327,12 @@ class ChatLoop:
 
     def _react(self, line: str) -> None:
         name, _, rest = line.partition(" ")
-        commands = {"/image": self._read_image, "/clear": self._clear, "/save": self._save}
+        commands = {
+            "/image": self._read_image,
+            "/video": self._read_video,
+            "/clear": self._clear,
+            "/save": self._save,
+        }
         try:
             if name in commands:
                 commands[name](rest.strip())
@@ -332,18 +347,22 @@ class ChatLoop:
 
     def _answer(self, question: str) -> None:
         from neounify.text import place_images
+        from neounify.text.clips import mark_videos
 
-        text = place_images(question, len(self._pending), numbered=False)
+        images = len(self._images) - self._asked[0]
+        videos = len(self._videos) - self._asked[1]
+        text = mark_videos(place_images(question, images, numbered=False), videos)
         messages = [*self._messages, {"role": "user", "content": text}]
-        images = [*self._images, *self._pending]
-        if not images and not self._messages and asks_about_image(question, self._model.folder):
+        shown = self._images or self._videos
+        if not shown and not self._messages and asks_about_image(question, self._model.folder):
             self._display.note(NO_IMAGE)
         pieces: list[str] = []
         with stoppable() as cancel:
             try:
                 stream = self._model.pipe.chat(
                     messages,
-                    [image for _, image in images],
+                    [image for _, image in self._images],
+                    video=[video for _, video in self._videos],
                     stream=True,
                     cancel=cancel,
                     **self._options.arguments(),
@@ -355,18 +374,24 @@ class ChatLoop:
                 self._display.write(" (stopped)")
         self._display.write("\n")
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
-        self._images, self._pending = images, []
+        self._asked = (len(self._images), len(self._videos))
 
     def _read_image(self, name: str) -> None:
         from neounify.image import read_image
 
-        path = Path(name.strip("'\"")).expanduser()
+        path = _path_of(name)
         image = read_image(path, colour_profiles=self._model.pipe.colour_profiles)
         self.add_image(path, image)
         self._display.note(f"({image.width}x{image.height}; now ask about it)")
 
+    def _read_video(self, name: str) -> None:
+        path = _path_of(name)
+        [video] = read_clips([path], self._options, self._model.pipe.config, self._display)
+        self.add_video(path, video)
+        self._display.note("(now ask about it)")
+
     def _clear(self, _: str) -> None:
-        self._messages, self._images, self._pending = [], [], []
+        self._messages, self._images, self._videos, self._asked = [], [], [], (0, 0)
         self._display.note("(history cleared)")
 
     def _save(self, name: str) -> None:
@@ -378,12 +403,13 @@ class ChatLoop:
                 return
 
     def _document(self) -> dict[str, Any]:
-        """The chat as JSON: `messages` and `images` as `Pipeline.chat` takes them."""
+        """The chat as JSON: `messages`, `images` and `video` as `Pipeline.chat` takes them."""
         return {
             "model": self._model.description,
             "settings": self._options.arguments(),
             "messages": self._messages,
-            "images": [str(path) for path, _ in self._images],
+            "images": [str(path) for path, _ in self._images[: self._asked[0]]],
+            "video": [str(path) for path, _ in self._videos[: self._asked[1]]],
         }
 
     def _enable_line_editing(self) -> None:
@@ -392,6 +418,11 @@ class ChatLoop:
                 import readline  # noqa: F401
             except ImportError:  # not on every system
                 return
+
+
+def _path_of(name: str) -> Path:
+    """The file that a command of the chat names, perhaps in quotes."""
+    return Path(name.strip("'\"")).expanduser()
 
 
 @contextmanager

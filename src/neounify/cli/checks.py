@@ -118,14 +118,18 @@ def check_prompt(prompt: str, images: int) -> None:
 
 
 def check_image_request(
-    prompt: str, options: GenerateOptions, config: ModelConfig, images: InputImages = ()
+    prompt: str,
+    options: GenerateOptions,
+    config: ModelConfig,
+    images: InputImages = (),
+    condition: InputImages = (),
 ) -> None:
     """Check one image request. Raises the errors that generating it would raise."""
     if isinstance(options, EditOptions) and not images:
         raise RequestError("edit needs at least one image; generate needs none")
     check_prompt(prompt, len(images))
     values = options.arguments()
-    shape = output_shape(options, config, images)
+    shape = output_shape(options, config, images, condition)
     ImageRequest(
         prompt=prompt,
         width=shape.width,
@@ -147,12 +151,16 @@ def of_clips(options: ImageOptions) -> bool:
 
 
 def output_shape(
-    options: GenerateOptions, config: ModelConfig, images: InputImages = ()
+    options: GenerateOptions,
+    config: ModelConfig,
+    images: InputImages = (),
+    condition: InputImages = (),
 ) -> OutputShape:
     """Size of what is generated. Raises the errors that generating it would raise."""
     if isinstance(options, ClipOptions):
         if options.frames is not None:
-            return clip_shape(config, options.dimensions(), options.frames, options.fps)
+            size = options.dimensions()
+            return clip_shape(config, size, options.frames, options.fps, condition)
         if options.fps is not None:
             raise UsageError("--fps is of videos: give --frames too")
     width, height = output_size(config, *options.dimensions(), *images[:1])

@@ -13,7 +13,6 @@ import typer
 from neounify.cli.batch import (
     BatchOptions,
     BatchRun,
-    Line,
     LineOutcome,
     Results,
     check_lines,
@@ -24,6 +23,7 @@ from neounify.cli.batch import (
 from neounify.cli.command import UsageError, WriteError
 from neounify.cli.display import Display, printable
 from neounify.cli.files import slug, writable_folder
+from neounify.cli.lines import CONDITION, IMAGES, Line
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import (
     ClipOptions,
@@ -33,6 +33,7 @@ from neounify.cli.options import (
     ModelOptions,
     ReportOptions,
 )
+from neounify.cli.videos import ConditionFile, read_condition_file
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
@@ -55,6 +56,7 @@ def generate(
         ),
     ] = None,
     *,
+    condition: ConditionFile = None,
     model: ModelOptions,
     options: ClipOptions,
     output: ImageOutputOptions,
@@ -71,12 +73,13 @@ def generate(
       neounify generate "a cat" "a dog" --size 1024x768 --seed 7 --count 4
       neounify generate --input prompts.jsonl --output images
       neounify generate "a star moves left" --frames 48 --fps 24 --output star.mp4
+      neounify generate "What happens next?" --condition star.mp4 --frames 48
     """
     resolve_model(model.model)
     if batch.input is not None:
-        generate_batch(prompts, (), model, options, output, batch, report)
+        generate_batch(prompts, (), model, options, output, batch, report, condition)
     else:
-        generate_prompts(prompts, (), model, options, output, batch, report)
+        generate_prompts(prompts, (), model, options, output, batch, report, condition)
 
 
 def generate_prompts(
@@ -87,6 +90,7 @@ def generate_prompts(
     output: ImageOutputOptions,
     batch: BatchOptions,
     report: ReportOptions,
+    condition: Path | None = None,
 ) -> None:
     """Generate or edit for the prompts of the command line, and print where the images are."""
     with lasting_imports():
@@ -102,8 +106,9 @@ def generate_prompts(
     exact = _exact_file(output, len(prompts) * options.count, _suffix(options))
     config = check_model(model).config
     inputs = read_images(images, colour_profiles=model.colour_profiles)
+    before = read_condition_file(condition, options, config)
     for prompt in prompts:
-        check_image_request(prompt, options, config, inputs)
+        check_image_request(prompt, options, config, inputs, before)
     if exact is not None and not output.overwrite:
         check_free(exact)
     folder = writable_folder(output.output if exact is None else exact.parent)
@@ -112,7 +117,10 @@ def generate_prompts(
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         display.note(f"{len(prompts)} prompts, one image each; one prompt needs quotes around it")
     loaded = open_model(model, display)
-    jobs = [ImageJob(prompt=p, options=options, images=tuple(images)) for p in prompts]
+    jobs = [
+        ImageJob(prompt=p, options=options, images=tuple(images), condition=condition)
+        for p in prompts
+    ]
     size = 1 if editing else batch.batch_size
     files: list[dict[str, object]] = []
     start_time = time.perf_counter()
@@ -139,6 +147,7 @@ def generate_batch(
     output: ImageOutputOptions,
     batch: BatchOptions,
     report: ReportOptions,
+    condition: Path | None = None,
 ) -> None:
     """Generate or edit for every line of a JSONL file that no earlier run has finished."""
     with lasting_imports():
@@ -152,28 +161,35 @@ def generate_batch(
         from neounify.tasks.chat import read_images
 
     assert batch.input is not None
-    if prompts or images:
-        raise UsageError("give prompts and images on the command line or with --input, not both")
+    if prompts or images or condition:
+        raise UsageError("give prompts and files on the command line or with --input, not both")
     check_jobs_file(batch.input)
     if output.output.suffix.lower() in (".png", ".mp4", *OTHER_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
     config = check_model(model).config
     resolve_sampling(options, config)
-    editing = isinstance(options, EditOptions)
+    files = (IMAGES,) if isinstance(options, EditOptions) else (CONDITION,)
     folder = writable_folder(output.output)
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[GenerateOptions]) -> None:
-        check_image_request(line.prompt, line.options, config, read_images(line.paths))
+        before = read_condition_file(_condition(line), line.options, config)
+        images = read_images(line.paths(IMAGES))
+        check_image_request(line.prompt, line.options, config, images, before)
 
     with locked_folder(folder):
         results = Results(folder)
-        check_lines(batch.input, options, check, display, results, images=editing)
-        if not editing:
+        check_lines(batch.input, options, check, display, results, files)
+        if not isinstance(options, EditOptions):
             note_size(options, config, display)
         task = ImageLines(open_model(model, display), display, output)
         runner = BatchRun(task, results, display, batch_size=batch.batch_size, debug=report.debug)
-        finish(runner.run(batch.input, options, images=editing), results, display)
+        finish(runner.run(batch.input, options, files), results, display)
+
+
+def _condition(line: Line[GenerateOptions]) -> Path | None:
+    """The clip that a line continues."""
+    return next(iter(line.paths(CONDITION)), None)
 
 
 class ImageLines:
@@ -187,13 +203,21 @@ class ImageLines:
 
     def group(self, line: Line[GenerateOptions]) -> Hashable:
         # Edits, the lines with images, are generated one at a time.
-        return line.number if line.paths else settings_key(line.options)
+        if line.paths(IMAGES):
+            return line.number
+        return settings_key(line.options), _condition(line)
 
     def do(self, lines: Sequence[Line[GenerateOptions]]) -> list[LineOutcome]:
         from neounify.cli.images import ImageJob, generate_jobs
 
         jobs = [
-            ImageJob(prompt=n.prompt, options=n.options, images=n.paths, job=self.job(n))
+            ImageJob(
+                prompt=n.prompt,
+                options=n.options,
+                images=n.paths(IMAGES),
+                condition=_condition(n),
+                job=self.job(n),
+            )
             for n in lines
         ]
         results = generate_jobs(self._model, jobs, self._display, previews=self._output.previews)

@@ -35,12 +35,14 @@ GAP = 4
 class ImageJob:
     """One prompt and `options.count` images of it; with input `images` it is an edit.
 
-    `job` identifies a line of a batch, so that a later run can skip it.
+    `condition` is the clip that generated ones continue, one for all jobs of a call. `job`
+    identifies a line of a batch, so that a later run can skip it.
     """
 
     prompt: str
     options: GenerateOptions
     images: tuple[Path, ...] = ()
+    condition: Path | None = None
     job: str | None = None
 
     @property
@@ -134,6 +136,7 @@ def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageRe
         [job.prompt for job in jobs],
         seed=[job.options.seed for job in jobs],
         callback=on_step,
+        condition=() if first.condition is None else first.condition,
         **first.options.arguments(),
     )
 
@@ -172,6 +175,8 @@ def make_record(
     }
     if job.images:
         record["images"] = [image.name for image in job.images]
+    if job.condition is not None:
+        record["condition"] = job.condition.name
     if thought is not None:
         record["thought"] = thought
     if job.job is not None:

@@ -1,4 +1,4 @@
-"""Clips on the command line: options of input videos, and their frames."""
+"""Clips on the command line: options of input videos, their frames, and clips to continue."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from neounify.cli.command import UsageError
 from neounify.cli.display import Display
-from neounify.cli.options import FILES, option
+from neounify.cli.options import FILES, IMAGES, ChatOptions, ClipOptions, GenerateOptions, option
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from neounify.config import ModelConfig
     from neounify.tasks.clips import Frames
 
@@ -25,55 +27,85 @@ VideoFiles = Annotated[
     ),
 ]
 """The option --video."""
-VideoRate = Annotated[
-    float | None,
+ConditionFile = Annotated[
+    Path | None,
     option(
-        FILES, "N", "Frames of a second that are looked at. Default: the model's rule.", "--fps"
+        IMAGES,
+        "FILE",
+        "Video whose next frames are generated, with --frames, by a model trained to continue.",
     ),
 ]
-"""The option --fps of input videos."""
-VideoFrames = Annotated[
-    int | None,
-    option(FILES, "N", "Maximum frames of a video that are looked at. Default: the model's."),
-]
-"""The option --max-frames."""
-VideoTubes = Annotated[
-    bool,
-    option(
-        FILES,
-        None,
-        "Look at videos in tubes of several frames, with a model that has an embedding of them.",
-        "--tubes",
-    ),
-]
-"""The option --tubes."""
+"""The option --condition."""
 
 
-@dataclass(frozen=True)
-class ClipFiles:
-    """Paths of clips, and which of their frames are looked at."""
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(ChatOptions):
+    """Answers to questions, also about videos."""
 
-    paths: Sequence[Path]
-    fps: float | None
-    max_frames: int | None
-    tubes: bool
+    fps: Annotated[
+        float | None,
+        option(FILES, "N", "Frames of a second that are looked at. Default: the model's rule."),
+    ] = None
+    max_frames: Annotated[
+        int | None,
+        option(FILES, "N", "Maximum frames of a video that are looked at. Default: the model's."),
+    ] = None
+    tubes: Annotated[
+        bool,
+        option(
+            FILES,
+            None,
+            "Look at videos in tubes of several frames, with a model that has an embedding of "
+            "them.",
+            "--tubes",
+        ),
+    ] = False
 
-    def read(self, config: ModelConfig, display: Display) -> list[Frames]:
-        """Frames of all clips, with a note about what is left out. Raises VideoError."""
-        if not self.paths:
-            if self.fps is not None or self.max_frames is not None or self.tubes:
-                raise UsageError("--fps, --max-frames and --tubes need --video FILE")
-            return []
-        from neounify.pipeline.videos import read_file
+    @property
+    def of_videos(self) -> bool:
+        """Whether an option is set that only videos have."""
+        return self.fps is not None or self.max_frames is not None or self.tubes
 
-        config.check_can("chat_video")
-        videos = []
-        for path in self.paths:
-            frames, clip = read_file(path, config, self.fps, self.max_frames, tubes=self.tubes)
-            sound = "; its sound is not heard" if clip.has_sound else ""
-            count = len(frames.images)
+
+def read_clips(
+    paths: Sequence[Path],
+    options: QuestionOptions,
+    config: ModelConfig,
+    display: Display | None = None,
+) -> list[Frames]:
+    """Frames of clips, with a note on the display about what is left out.
+
+    Raises VideoError, and RequestError for a model that sees no videos.
+    """
+    if not paths:
+        return []
+    from neounify.pipeline.videos import read_file
+
+    config.check_can("chat_video")
+    videos = []
+    for path in paths:
+        frames, clip = read_file(path, config, options.fps, options.max_frames, tubes=options.tubes)
+        sound = "; its sound is not heard" if clip.has_sound else ""
+        count = len(frames.images)
+        if display is not None:
             display.note(
                 f"({path.name}: {count} of {clip.frames} frames, {clip.seconds:.1f} s{sound})"
             )
-            videos.append(frames)
-        return videos
+        videos.append(frames)
+    return videos
+
+
+def read_condition_file(
+    path: Path | None, options: GenerateOptions, config: ModelConfig
+) -> list[Image]:
+    """Frames of the clip that is continued; none without a file.
+
+    Raises UsageError without --frames, and the errors of `pipeline.videos.read_condition`.
+    """
+    if path is None:
+        return []
+    from neounify.pipeline.videos import read_condition
+
+    if not isinstance(options, ClipOptions) or options.frames is None:
+        raise UsageError("--condition is of videos: give --frames, how many to generate, too")
+    return read_condition(path, config, options.fps)

@@ -5,8 +5,8 @@ Foreign files become a ModelConfig at the edge, in `checkpoint/config_json.py`.
 
 from __future__ import annotations
 
+from neounify.config.capabilities import Capability
 from neounify.config.model import (
-    Capability,
     CheckpointDefaults,
     FlowConfig,
     ImageHead,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from neounify.config.capabilities import CAPABILITIES, Capability
 from neounify.config.sampling import SolverName, range_error
 from neounify.errors import ConfigError, RequestError
 
@@ -14,20 +15,6 @@ ImageHead = Literal["flow", "pixel", "linear"]
 PatchEmbedding = Literal["conv", "linear"]
 UndPixels = Literal["imagenet", "symmetric"]
 NoiseDraw = Literal["image", "tokens"]
-Capability = Literal[
-    "chat", "generate", "edit", "interleave", "think", "chat_video", "generate_video"
-]
-"""What a checkpoint was trained for; the words of `CAPABILITIES`."""
-CAPABILITIES: Mapping[Capability, str] = {
-    "chat": "answer questions about text and images",
-    "generate": "generate images",
-    "edit": "edit images",
-    "interleave": "write answers of text and images",
-    "think": "think before answering",
-    "chat_video": "answer questions about videos",
-    "generate_video": "generate videos",
-}
-"""What models with a capability can do, for messages."""
 NoiseScaleMode = Literal["fixed", "resolution", "dynamic", "dynamic_sqrt"]
 """Dependence of σ on the number of image tokens; the formulas are in `flow/path.py`."""
 
@@ -463,7 +450,8 @@ def _check_model(c: ModelConfig) -> None:
 
 def _check_video(c: ModelConfig) -> None:
     if c.video is None:
-        require("generate_video" not in c.capabilities, "a model without tubes generates no videos")
+        generated = {"generate_video", "continue_video"}.intersection(c.capabilities)
+        require(not generated, "a model without tubes generates no videos")
         return
     video, side = c.sampling.video, c.token_size
     require(

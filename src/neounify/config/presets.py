@@ -138,7 +138,7 @@ PIXELUMM_8B = ModelConfig(
 
 MOTION = SCENES.replace(
     video=VideoConfig(tube_frames=4, und=True, position_fps=8.0),
-    capabilities=("chat", "chat_video", "generate_video"),
+    capabilities=("chat", "chat_video", "generate_video", "continue_video"),
     sampling=replace(
         SCENES.sampling,
         video=VideoDefaults(

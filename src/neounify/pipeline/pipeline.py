@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from PIL.Image import Image
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -55,7 +56,7 @@ from neounify.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from neounify.pipeline.devices import DeviceGroup
-    from neounify.pipeline.videos import VideoInput
+    from neounify.pipeline.videos import ConditionInput, VideoInput
 
 T = TypeVar("T", int, str)
 
@@ -221,7 +222,7 @@ class Pipeline:
         height: int | None = None,
         frames: int | None = None,
         fps: float | None = None,
-        condition: Sequence[ImageSource] = (),
+        condition: ConditionInput = (),
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
@@ -244,7 +245,8 @@ class Pipeline:
         `callback` is called after every step.
 
         With `frames`, a multiple of those of a tube, the result has `videos` of so many frames,
-        `fps` a second. `condition` are the frames before them, for models trained to continue.
+        `fps` a second. `condition` is the clip before them, a path, bytes, a Video or the list of
+        its frames, for models trained to continue.
 
         The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's default:
         `steps`; `guidance` (0 to 1: none), which acts for t inside `guidance_interval` (0 to 1),
@@ -307,11 +309,16 @@ class Pipeline:
         height: int | None,
         frames: int | None,
         fps: float | None,
-        condition: Sequence[ImageSource],
+        condition: ConditionInput,
     ) -> OutputShape:
         """Size of what `generate` is asked for, checked."""
         if frames is not None:
-            shown = read_images(condition, colour_profiles=self.colour_profiles)
+            shown: list[Image] = []
+            if condition:
+                from neounify.pipeline.videos import read_condition
+
+                profiles = self.colour_profiles
+                shown = read_condition(condition, self.config, fps, colour_profiles=profiles)
             return clip_shape(self.config, (width, height), frames, fps, shown)
         if fps is not None or condition:
             raise RequestError("fps and condition are of clips: give frames too", param="frames")

@@ -1,13 +1,20 @@
-"""Input clips of the Python API, of the command line and of the server, as frames with times."""
+"""Input clips of the Python API, of the command line and of the server, as frames with times.
+
+Questions are about clips, and clips are continued: their frames are the `condition` of new ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from PIL import Image
 
 from neounify.config import ModelConfig
+from neounify.errors import VideoError
+from neounify.image.io import ImageSource
+from neounify.tasks.chat import read_images
 from neounify.tasks.clips import Frames, frame_bounds
 from neounify.tasks.video import in_tubes
 from neounify.video.choice import FrameChoice, Timeline
@@ -17,6 +24,8 @@ from neounify.video.read import VideoSource, read_video
 
 VideoInput = VideoSource | Video | Frames
 """A path, the bytes of a file, a clip, or frames that were read of one."""
+ConditionInput = VideoSource | Video | Sequence[ImageSource]
+"""A path, the bytes of a file, a clip, or a list of its frames."""
 RESERVE = 4
 """Area that frames keep while they are read, in areas of what the model sees of them."""
 
@@ -46,8 +55,9 @@ def read_inputs(
 
     Raises RequestError for a model that sees no videos, and the errors of `read_frames`.
     """
-    config.check_can("chat_video")
     several: Sequence[Any] = videos if isinstance(videos, list | tuple) else [videos]
+    if several:
+        config.check_can("chat_video")
     return [read_frames(one, config, fps, max_frames, tubes=tubes) for one in several]
 
 
@@ -94,6 +104,47 @@ def read_file(
     choice = frame_choice(config, fps, max_frames, tubes)
     video = read_video(source, choice, limits=limits, frame_pixels=reserve * most)
     return _seen(config, video.images, video.times, video.clip.in_tubes), video.clip
+
+
+def read_condition(
+    source: ConditionInput,
+    config: ModelConfig,
+    fps: float | None = None,
+    *,
+    colour_profiles: bool = True,
+) -> list[Image.Image]:
+    """Frames of a clip that is continued at `fps` a second; None is the checkpoint's rate.
+
+    A list of frames is taken as it is. Of a clip those at that rate are taken, without the first
+    ones where they fill no tube. Raises RequestError for a model that was not trained for it;
+    VideoError, also for a clip of more frames than the model sees; ImageError.
+    """
+    config.check_can("continue_video")
+    if not isinstance(source, Video | str | PathLike | bytes | bytearray | memoryview):
+        return read_images(source, colour_profiles=colour_profiles)
+    rate = config.sampling.video.fps if fps is None else fps
+    most = frame_choice(config, rate, None).max_frames
+    if isinstance(source, Video):
+        times = [number / float(source.fps) for number in range(len(source.frames))]
+        images, end = source.images, source.seconds
+    else:
+        frames, clip = read_file(source, config, rate, most)
+        images, times, end = list(frames.images), list(frames.times), clip.seconds
+    shown = Timeline(times, end).sample(rate, most)
+    if shown is None:
+        raise VideoError(
+            f"{end:.1f} s at {rate:g} frames a second are more than the {most} frames that this "
+            "model continues; give a shorter clip",
+            param="condition",
+        )
+    tube = config.video.tube_frames if config.video is not None and config.video.und else 1
+    if len(shown) < tube:
+        raise VideoError(
+            f"a clip of {len(shown)} frames at {rate:g} a second is too short to be continued; "
+            f"this model needs {tube}",
+            param="condition",
+        )
+    return [images[number] for number in shown[len(shown) % tube :]]
 
 
 def _seen(

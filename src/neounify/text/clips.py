@@ -18,3 +18,8 @@ def time_stamp(seconds: float) -> str:
 def clip_text(times: Sequence[float]) -> str:
     """A clip in a prompt: for each frame or tube its time in seconds and an `<image>` mark."""
     return "".join(time_stamp(seconds) + IMAGE_MARK for seconds in times)
+
+
+def mark_videos(text: str, count: int) -> str:
+    """A user's text with a `<video>` mark for each of `count` clips; missing ones go in front."""
+    return VIDEO_MARK * (count - text.count(VIDEO_MARK)) + text
