@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,43 @@ def test_inspect_knows_the_family(run_bare: Run, published: Path) -> None:
     assert ran.code == 0
     assert "PixelUMM, dense, linear image head" in ran.out
     assert "generate videos" in ran.out
+    facts = " ".join(ran.out.replace("│", " ").split())
+    assert "video token 4 frames of 16x16 pixels" in facts
+    assert "832x480, 96 frames at 24 a second, 35 steps, guidance 6, shift 10, unipc" in facts
+    assert "video files read and written by PyAV" in facts
+    listed = run_bare("inspect", published, "--config", published.parent / "llm", "--json").json
+    assert listed["config"]["video"] == {"tube_frames": 4, "und": True, "position_fps": 24.0}
+    assert listed["config"]["capabilities"] == ["chat", "generate", "generate_video", "chat_video"]
+    assert listed["video_files"] is True
+
+
+def test_inspect_says_what_is_missing_for_video_files(
+    run_bare: Run, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    ran = run_bare("inspect", published, "--config", published.parent / "llm")
+    facts = " ".join(ran.out.replace("│", " ").split())
+    assert "video files need the extra 'video', which is not installed: pip install" in facts
+
+
+def test_the_doctor_says_what_the_model_can(run_bare: Run, published: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    Path("recipe.toml").write_text(
+        f'''
+name = "x"
+[model]
+checkpoint = "{folder}"
+[[stages]]
+name = "joint"
+steps = 5
+[[stages.data]]
+kind = "motion"
+tasks = {{ t2v = 1.0 }}
+'''
+    )
+    ran = run_bare("doctor", "recipe.toml", "--seconds", 1, "--device", "cpu")
+    assert "ok   model                PixelUMM; it can answer questions about text and" in ran.out
+    assert "ok   video files          read and written by PyAV" in ran.out
 
 
 def test_chat_about_two_images(run_bare: Run, published: Path, images: list[Path]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +19,9 @@ from neounify.cli.ranks import all_ranks, device_of
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
+    from neounify.config import ModelConfig
     from neounify.distributed.ranks import Ranks
+    from neounify.train.method import Finding
 
 MARKS = {True: "ok  ", False: "BAD ", None: "note"}
 
@@ -34,7 +38,7 @@ def doctor(
     where: DeviceOptions,
     report: ReportOptions,
 ) -> None:
-    """Check a training stage before a long run: data, gradients, freezing, losses, images.
+    """Check a training stage before a long run: model, data, gradients, losses, images.
 
     Overfits one sample of every task and says what is wrong and how to fix it. Exit code 1 if
     something is. A check that needs more time than --seconds gets no verdict.
@@ -59,7 +63,7 @@ def _examine(
 ) -> None:
     with lasting_imports():
         from neounify.train.keeping import setup_for
-        from neounify.train.method import NO_TIME, Finding, StageContext
+        from neounify.train.method import NO_TIME, StageContext
         from neounify.train.parallel import check_parallel
         from neounify.train.recipe import read_recipe
         from neounify.train.setup import StageSources, build_setup
@@ -85,7 +89,8 @@ def _examine(
         context = StageContext(
             recipe=parsed, stage=chosen, setup=setup, sources=sources, folder=folder
         )
-        for finding in chosen.method.examine(context, seconds):
+        model = _about_model(setup.model.config)
+        for finding in chain(model, chosen.method.examine(context, seconds)):
             findings.append(finding)
             display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
             if finding.advice:
@@ -101,3 +106,17 @@ def _examine(
         display.say(f"\nno problem found; {NO_TIME}: {', '.join(undecided)}")
         return
     display.say("\nhealthy")
+
+
+def _about_model(config: ModelConfig) -> Iterator[Finding]:
+    """The family of a model and what it is trained to; of one of videos, whether files are read."""
+    from neounify.config.capabilities import CAPABILITIES
+    from neounify.config.families import title_of
+    from neounify.train.method import Finding
+    from neounify.video.library import describe_library
+
+    able = ", ".join(CAPABILITIES[name] for name in config.capabilities)
+    yield Finding("model", True, f"{title_of(config.family)}; it can {able}")
+    if config.video is not None or "chat_video" in config.capabilities:
+        readable, what = describe_library()
+        yield Finding("video files", readable or None, what)

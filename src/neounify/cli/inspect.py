@@ -79,6 +79,7 @@ def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
     """Print the tables. Raises CheckpointError at the end for missing or unknown tensors."""
     with lasting_imports():
         from neounify.checkpoint import CheckpointFolder, stored_dtype, summarise
+        from neounify.video.library import describe_library
 
     checkpoint = CheckpointFolder.open(folder, config)
     summary = summarise(checkpoint)
@@ -91,6 +92,7 @@ def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
             "complete": problem is None,
             "computed_in": str(stored_dtype(checkpoint)).removeprefix("torch."),
             "quantised": _quantised(checkpoint),
+            "video_files": describe_library()[0],
             "config": config_record(checkpoint.config),
             "rows": [asdict(row) for row in summary.rows],
             "streams": [asdict(row) for row in summary.streams],
@@ -114,8 +116,8 @@ def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
 def config_record(config: ModelConfig) -> dict[str, Any]:
     """The config as JSON, without the config.json it was read from."""
     values = {name: value for name, value in vars(config).items() if name != "published"}
-    parts = ("und_mlp", "gen_mlp", "flow", "sampling")
-    return values | {name: asdict(values[name]) for name in parts}
+    parts = ("und_mlp", "gen_mlp", "flow", "sampling", "video")
+    return values | {name: values[name] and asdict(values[name]) for name in parts}
 
 
 def _problem(checkpoint: CheckpointFolder) -> CheckpointError | None:
@@ -150,8 +152,8 @@ def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
 
 def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, str]]:
     from neounify.checkpoint import stored_dtype
+    from neounify.config.capabilities import CAPABILITIES
     from neounify.config.families import title_of
-    from neounify.config.model import CAPABILITIES
     from neounify.image.pixels import named_sizes, trained_sizes
 
     c = checkpoint.config
@@ -180,8 +182,33 @@ def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, st
             f"shift {c.sampling.shift:g}",
         ),
         ("trained at", named_sizes(sizes, pixels) if sizes or pixels else "not recorded"),
+        *_video_facts(c),
         *((f"backend of {name}", backend) for name, backend in _quantised(checkpoint).items()),
     ]
+
+
+def _video_facts(c: ModelConfig) -> list[tuple[str, str]]:
+    """Of a model of videos: its tubes, the defaults of generated ones, and what reads files."""
+    from neounify.video.library import describe_library
+
+    facts, video = [], c.sampling.video
+    if not {"chat_video", "generate_video"}.intersection(c.capabilities):
+        return []
+    if c.video is not None:
+        seen = "" if c.video.und else ", generated alone: videos are seen as images"
+        side = c.token_size
+        facts.append(("video token", f"{c.video.tube_frames} frames of {side}x{side} pixels{seen}"))
+    if "generate_video" in c.capabilities:
+        width, height = video.size
+        facts.append(
+            (
+                "video defaults",
+                f"{width}x{height}, {video.frames} frames at {video.fps:g} a second, "
+                f"{video.steps} steps, guidance {video.guidance:g}, shift {video.shift:g}, "
+                f"{video.solver}",
+            )
+        )
+    return [*facts, ("video files", describe_library()[1])]
 
 
 def _quantised(checkpoint: CheckpointFolder) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from neounify.errors import VideoError, missing_extra
+from neounify.errors import VideoError, install_command, missing_extra
 
 
 def video_library() -> ModuleType:
@@ -14,3 +14,12 @@ def video_library() -> ModuleType:
     except ImportError as error:
         raise VideoError(missing_extra("video files", "video", error)) from error
     return av
+
+
+def describe_library() -> tuple[bool, str]:
+    """Whether video files can be read and written here, and by what, or what is missing."""
+    try:
+        library = video_library()
+    except VideoError:
+        return False, f"need the extra 'video', which is not installed: {install_command('video')}"
+    return True, f"read and written by PyAV {library.__version__}"
