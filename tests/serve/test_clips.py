@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import neounify
 from neounify.config import VideoConfig
@@ -17,11 +19,22 @@ from neounify.config.presets import TINY
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.serve.build import ServeConfig, build_service, colocated
-from neounify.serve.service import EngineService
+from neounify.serve.service import EngineService, ServiceRequest
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
-from neounify.tasks.program import FramesFinished, Preview
+from neounify.tasks.program import (
+    Finished,
+    FramesFinished,
+    ImageFinished,
+    Preview,
+    TextPiece,
+)
+from neounify.tasks.video import in_tubes
 from neounify.text import byte_tokenizer
+from support.clips import numbered
 from support.http_server import serving
+from support.pixelumm import saved
 from support.serving import serve
 
 
@@ -61,6 +74,57 @@ def test_a_clip_is_that_of_the_pipeline(
         assert parts[-1].usage.image_tokens == 4
     previews = [event for event in events if isinstance(event, Preview)]
     assert {tuple(preview.pixels.shape) for preview in previews} <= {(3, 32, 64)}
+
+
+@pytest.mark.slow
+def test_separate_engines_of_the_second_family_answer_as_the_pipeline(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    pipe = neounify.load(folder, device="cpu")
+    size: Any = {"width": 64, "height": 48, "seed": 3}
+    images, clips = (
+        ImageRequest(
+            prompt="a fox",
+            negative_prompt="blur",
+            sampling=ImageSampling().resolve(pipe.config, editing=False, video=bool(frames)),
+            frames=frames,
+            **size,
+        )
+        for frames in (0, 8)
+    )
+    frames = [Image.fromarray(frame) for frame in numbered(9, 48, 64)]
+    times = [number / 4 for number in range(9)]
+    shown = [Frames(frames, times), in_tubes(pipe.config, frames, times)]
+    chats = [
+        make_chat_request("What moves?", [], [one], pipe.processor.template, max_new_tokens=6)
+        for one in shown
+    ]
+
+    async def work(service: EngineService) -> list[list[Any]]:
+        async def events(request: ServiceRequest) -> list[Any]:
+            return [event async for event in service.answer(request)]
+
+        requests: list[ServiceRequest] = [images, clips, *chats]
+        return await asyncio.gather(*map(events, requests))
+
+    config = ServeConfig(
+        folder=folder,
+        mode="separate",
+        understanding_devices=("cpu",),
+        generation_devices=("cpu",),
+    )
+    image, clip, *answers = serve(build_service(config), work)
+    wanted = pipe.generate_requests([images]).pixels[0]
+    [finished] = [event for event in image if isinstance(event, ImageFinished)]
+    assert (finished.pixels - wanted).abs().max() <= 1e-4
+    parts = [event.frames.int() for event in clip if isinstance(event, FramesFinished)]
+    video = pipe.generate_requests([clips]).videos[0]
+    assert (torch.cat(parts) - video.frames.int()).abs().max() <= 1
+    texts = ["".join(e.text for e in one if isinstance(e, TextPiece)) for one in answers]
+    told = [pipe.chat("What moves?", video=one, max_new_tokens=6) for one in shown]
+    assert texts == [answer.text for answer in told]
+    ends = [next(e for e in one if isinstance(e, Finished)) for one in answers]
+    assert [end.prompt_tokens for end in ends] == [answer.prompt_tokens for answer in told]
+    assert told[0].prompt_tokens != told[1].prompt_tokens
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
