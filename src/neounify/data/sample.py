@@ -41,7 +41,7 @@ TASKS = (
     *("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave", "text"),
     *("t2v", "video_qa", "video_caption", "next_frames"),
 )
-"""Of text and images and, last, of clips: from text, questions about them, captions, next frames."""
+"""Of text and images and, last, of clips: from text, questions, captions, next frames."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Path
 
