@@ -12,12 +12,15 @@ import torch
 
 import neounify
 from neounify.config import VideoConfig
+from neounify.config.presets import TINY
 from neounify.errors import PromptError, RequestError, VideoError
 from neounify.image.pixels import prepare_image
 from neounify.model import NeoUnify
 from neounify.pipeline.videos import read_frames
 from neounify.tasks.chat import chat_images, make_chat_request
 from neounify.tasks.clips import Frames, frame_bounds
+from neounify.tasks.video import in_tubes
+from neounify.text.forms import TEMPLATES
 from neounify.video.clip import Video
 from support.clips import clip_bytes, numbered
 
@@ -72,8 +75,38 @@ def test_more_marks_than_clips_are_refused() -> None:
         make_chat_request("<video> what?", [])
     with pytest.raises(PromptError, match="1 clips have no mark and no user message"):
         make_chat_request([{"role": "assistant", "content": "so"}], [], [frames(1)])
-    with pytest.raises(PromptError, match="1 times for 2 frames"):
-        Frames([example_image(), example_image()], [0.0])
+    with pytest.raises(PromptError, match="not 5"):
+        make_chat_request(5, [], [frames(1)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("images", "times", "message"),
+    [
+        ([example_image()] * 2, [0.0], "1 times for 2 frames"),
+        ([example_image()] * 2, [0.0, float("nan")], "from 0 on, ascending; got nan after 0"),
+        ([example_image()] * 2, [-1.0, 0.0], "got -1.0 after 0"),
+        ([example_image()] * 2, [0.0, float("inf")], "got inf"),
+        ([example_image()] * 3, [0, 2, 1], "got 1 after 2"),
+        ([example_image()] * 2, [0, "1"], "got '1'"),
+        ([example_image(), example_image().resize((32, 32))], [0, 1], "32x32 and 96x64"),
+        ([example_image().convert("RGBA")], [0], "RGB images of PIL, not RGBA images"),
+        (["a.png"], [0], "RGB images of PIL, not 'a.png'"),
+    ],
+)
+def test_frames_that_make_no_clip_are_refused(images: Any, times: Any, message: str) -> None:
+    able = TINY.replace(video=VideoConfig(und=True))
+    with pytest.raises(PromptError, match=message):
+        Frames(images, times)
+    with pytest.raises(PromptError, match=message):
+        in_tubes(able, images, times)
+
+
+def test_images_beside_clips_have_marks_without_numbers() -> None:
+    form = TEMPLATES["pixelumm"]
+    request = make_chat_request("<IMAGE> <video>", [example_image(5)], [frames(1)], form)
+    assert request.messages[0].text == "<image> <0.0 seconds><image>"
+    with pytest.raises(PromptError, match="beside videos, images are marked by <image> without"):
+        make_chat_request("<image 1> <video>", [example_image(5)], [frames(1)], form)
 
 
 def test_frames_are_sized_as_frames_and_images_as_images(pipe: neounify.Pipeline) -> None:
@@ -119,6 +152,9 @@ def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify
         pipe.chat("what?", video=b"", fps=0)
     with pytest.raises(VideoError, match="the clip: is empty"):
         pipe.chat("what?", video=b"")
+    for options in ({"fps": 2.0}, {"max_frames": 3}, {"tubes": True}):
+        with pytest.raises(RequestError, match="are of clips: give video too"):
+            pipe.chat("what?", **options)
     config = replace(pipe.config, capabilities=("chat",))
     blind = neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer)
     with pytest.raises(RequestError, match="was not trained to answer questions about videos"):

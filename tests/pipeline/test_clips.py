@@ -15,7 +15,7 @@ import neounify
 from neounify.config import VideoConfig
 from neounify.config.presets import TINY
 from neounify.config.sampling import SolverName
-from neounify.errors import NeounifyError, RequestError
+from neounify.errors import NeounifyError, PromptError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.image.clips import rows_to_frames
 from neounify.model import NeoUnify
@@ -199,5 +199,5 @@ def test_questions_take_clips_in_tubes(clips: neounify.Pipeline, pipe: neounify.
     assert again.token_ids == answer.token_ids
     with pytest.raises(RequestError, match="no embedding of tubes"):
         in_tubes(pipe.config, frames, times)
-    with pytest.raises(RequestError, match="6 and 5 times"):
+    with pytest.raises(PromptError, match="5 times for 6 frames"):
         in_tubes(clips.config, frames, times[:5])

@@ -91,5 +91,7 @@ def test_impossible_rates_are_refused(fps: float) -> None:
 
 
 def test_no_frames_at_all_are_refused() -> None:
-    with pytest.raises(VideoError, match="max_frames must be at least 1, got 0"):
+    with pytest.raises(
+        VideoError, match="max_frames must be a whole number from 1 to 500,000, got 0"
+    ):
         FrameChoice(max_frames=0)

@@ -186,6 +186,10 @@ class Pipeline:
             from neounify.pipeline.videos import read_inputs
 
             videos = read_inputs(video, self.config, fps, max_frames, tubes)
+        elif fps is not None or max_frames is not None or tubes:
+            raise RequestError(
+                "fps, max_frames and tubes are of clips: give video too", param="fps"
+            )
         request = self._chat_request(prompt, images, options, videos)
         run = ChatRun(self._driver(cancel), self.processor, [request])
         return ChatStream(run) if stream else run.finish()[0]

@@ -179,7 +179,7 @@ def make_chat_request(
     """Chat request from user input, checked. `sampling` are fields of TextSampling."""
     check_keywords("chat", sampling, TextKnobs)
     if videos or not isinstance(prompt, str) or VIDEO_MARK in prompt:
-        prompt = place_videos(prompt, videos)
+        prompt = place_videos(prompt, videos, template)
     messages, ordered = read_conversation(prompt, images, template, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +11,37 @@ import PIL.Image
 from neounify.config import ModelConfig
 from neounify.errors import PromptError
 from neounify.text.clips import VIDEO_MARK, clip_text
+from neounify.text.forms import NEO, Template, unnumbered
+from neounify.video.choice import finite_number
+
+
+@dataclass(frozen=True, eq=False)
+class ClipPiece:
+    """A tube of an input clip, or one of its frames alone: RGB `frames` of one size.
+
+    It stands `seconds` after the first frame. `bounds` are the least and the greatest area in
+    pixels that a frame is resized to.
+    """
+
+    frames: tuple[PIL.Image.Image, ...]
+    tube: bool
+    seconds: float
+    bounds: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Frames:
     """Frames of a clip that a model sees as images of one size, each after its time in seconds.
 
-    Of a clip in tubes, `images` are `tasks.video.ClipPiece`s; `in_tubes` makes them.
+    Of a clip in tubes, `images` are ClipPieces, as `tasks.video.in_tubes` makes them. Raises
+    PromptError as `check_frames` does.
     """
 
     images: Sequence[Any]
     times: Sequence[float]
 
     def __post_init__(self) -> None:
-        if not self.images or len(self.images) != len(self.times):
-            raise PromptError(
-                f"a clip has as many times as frames, at least 1: {len(self.times)} times for "
-                f"{len(self.images)} frames"
-            )
+        check_frames(self.images, self.times)
 
     @property
     def stamps(self) -> str:
@@ -36,13 +49,52 @@ class Frames:
         return clip_text(self.times)
 
 
-def place_videos(prompt: Any, videos: Sequence[Frames]) -> list[Any]:
+def check_frames(images: Sequence[Any], times: Sequence[float]) -> None:
+    """Check RGB images of one size, or ClipPieces, and when each is shown: from 0 s on, ascending.
+
+    Raises PromptError.
+    """
+    if not images or len(images) != len(times):
+        raise PromptError(
+            f"a clip has as many times as frames, at least 1: {len(times)} times for "
+            f"{len(images)} frames"
+        )
+    sizes: set[tuple[int, int]] = set()
+    for image in images:
+        if isinstance(image, ClipPiece):
+            continue
+        if not isinstance(image, PIL.Image.Image) or image.mode != "RGB":
+            mode = f"{image.mode} images" if isinstance(image, PIL.Image.Image) else repr(image)
+            raise PromptError(f"frames of a clip are RGB images of PIL, not {mode:.80}")
+        sizes.add(image.size)
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width}x{height}" for width, height in sorted(sizes)[:2])
+        raise PromptError(f"frames of a clip have one size; these are of {listed}")
+    before = 0.0
+    for time in times:
+        seconds = finite_number(time)
+        if seconds is None or seconds < before:
+            raise PromptError(
+                f"times of a clip's frames are seconds from 0 on, ascending; got {time!r} after "
+                f"{before:g}"
+            )
+        before = seconds
+
+
+def place_videos(prompt: Any, videos: Sequence[Frames], template: Template = NEO) -> list[Any]:
     """The conversation with each clip as a part in the place of its `<video>` mark.
 
     `prompt` is as in `tasks.chat.read_conversation`. Clips without a mark go in front of the first
-    user message. Raises PromptError for more marks than clips, and where no message takes them.
+    user message. Raises PromptError for more marks than clips, where no message takes them, and
+    for marks of images with numbers.
     """
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        text = unnumbered(prompt) if template.number_marks else prompt
+        turns: list[Any] = [{"role": "user", "content": text}]
+    elif isinstance(prompt, Iterable):
+        turns = list(prompt)
+    else:
+        raise PromptError(f"a prompt is a text or a list of messages, not {prompt!r:.80}")
     left = iter(videos)
     marks = sum(part.count(VIDEO_MARK) for turn in turns for part in _texts(turn))
     if marks > len(videos):

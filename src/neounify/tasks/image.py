@@ -37,6 +37,7 @@ from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import patchify
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents, decode_text
+from neounify.tasks.clips import ClipPiece
 from neounify.tasks.program import (
     NEXT,
     Compute,
@@ -54,7 +55,7 @@ from neounify.tasks.program import (
     prompt_inputs,
     take_pixels,
 )
-from neounify.tasks.video import ClipPiece, clip_grid, draw_clip_noise
+from neounify.tasks.video import clip_grid, draw_clip_noise
 from neounify.text.template import (
     IMAGE_MARK,
     Prompt,

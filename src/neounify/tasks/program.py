@@ -41,7 +41,7 @@ from neounify.errors import RequestError
 from neounify.grammar import Vocabulary
 from neounify.image.pixels import prepare_image
 from neounify.model.layout import Grid
-from neounify.tasks.video import ClipPiece
+from neounify.tasks.clips import ClipPiece
 from neounify.text.forms import TEMPLATES, Template, default_message
 from neounify.text.template import ImageSegment, Prompt, TextSegment, unconditional_prompt
 from neounify.text.tokenizer import Tokenizer

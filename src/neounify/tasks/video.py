@@ -16,7 +16,7 @@ from neounify.flow.path import initial_noise, noise_scale
 from neounify.image.clips import tube_rows
 from neounify.image.pixels import check_image_tokens, check_size, image_tokens
 from neounify.model.layout import Grid
-from neounify.tasks.clips import Frames, frame_bounds
+from neounify.tasks.clips import ClipPiece, Frames, check_frames, frame_bounds
 from neounify.video.clip import read_fps
 
 
@@ -88,20 +88,6 @@ def draw_clip_noise(
 # --- to look at, and to continue ---
 
 
-@dataclass(frozen=True, eq=False)
-class ClipPiece:
-    """A tube of an input clip, or one of its frames alone: RGB `frames` of one size.
-
-    It stands `seconds` after the first frame. `bounds` are the least and the greatest area in
-    pixels that a frame is resized to.
-    """
-
-    frames: tuple[PIL.Image.Image, ...]
-    tube: bool
-    seconds: float
-    bounds: tuple[int, int]
-
-
 def clip_pieces(
     config: ModelConfig,
     frames: Sequence[PIL.Image.Image],
@@ -111,14 +97,10 @@ def clip_pieces(
 ) -> list[ClipPiece]:
     """The pieces of an input clip, from its frames and when each is shown, in seconds.
 
-    Without `tubes` each frame stands alone. Raises RequestError for no frames, for as many times
-    as there are not frames, and for tubes that a model has no embedding of.
+    Without `tubes` each frame stands alone. Raises PromptError as `check_frames` does, and
+    RequestError for tubes that a model has no embedding of.
     """
-    if not frames or len(frames) != len(times):
-        raise RequestError(
-            f"a clip needs frames, each with a time; got {len(frames)} and {len(times)} times",
-            param="video",
-        )
+    check_frames(frames, times)
     per_piece = 1
     if tubes:
         if config.video is None or not config.video.und:
@@ -145,7 +127,7 @@ def in_tubes(
     """Frames of a clip, each with its time in seconds, as a conversation takes them in tubes.
 
     A tube has the time of its first frame, counted from the first of all; the last frame fills the
-    last tube. Raises RequestError.
+    last tube. Raises PromptError and RequestError.
     """
     pieces = clip_pieces(config, frames, times, tubes=True)
     return Frames(pieces, [piece.seconds for piece in pieces])

@@ -97,3 +97,13 @@ def marked(
         )
     ordered = [images[number - 1] for number in numbers] if numbers else list(images)
     return _MARKS.sub(mark, text), ordered, numbers
+
+
+def unnumbered(text: str, mark: str = "<image>") -> str:
+    """A text with `mark` for each `<image>`, for prompts that count images in their own order.
+
+    Raises PromptError for marks with numbers.
+    """
+    if any(match[1] for match in _MARKS.finditer(text)):
+        raise PromptError("beside videos, images are marked by <image> without a number, in order")
+    return _MARKS.sub(mark, text)

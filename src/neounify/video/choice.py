@@ -10,16 +10,31 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from neounify.errors import VideoError
 
 MAX_FRAMES = 96
 """Frames of a clip that a model reads where a caller sets no limit."""
+FRAME_LIMIT = 500_000
+"""Greatest limit that a caller may set."""
 SAMPLE_FPS, TUBE_FPS = 1.0, 4.0
 TUBE_FRAMES = 4
 """Frames of one tube."""
 _ROUNDING = 1e-9
 """Frames by which a sample may lie before a frame and still show it."""
+
+
+def finite_number(value: Any) -> float | None:
+    """A real number as a float; None for text, a bool, NaN, and what is infinite or too large."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +53,22 @@ class FrameChoice:
     tubes: bool = False
 
     def __post_init__(self) -> None:
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+        if self.fps is not None:
+            fps = finite_number(self.fps)
+            if fps is None or fps <= 0:
+                raise VideoError(
+                    f"fps must be a finite number above 0, or None for the rule, got {self.fps!r}",
+                    param="fps",
+                )
+            object.__setattr__(self, "fps", fps)
+        count: object = self.max_frames
+        is_count = isinstance(count, Integral) and not isinstance(count, bool)
+        if not is_count or not 1 <= self.max_frames <= FRAME_LIMIT:
             raise VideoError(
-                f"fps must be a finite number above 0, or None for the rule, got {self.fps}",
-                param="fps",
+                f"max_frames must be a whole number from 1 to {FRAME_LIMIT:,}, got {count!r}",
+                param="max_frames",
             )
-        if self.max_frames < 1:
-            raise VideoError(
-                f"max_frames must be at least 1, got {self.max_frames}", param="max_frames"
-            )
+        object.__setattr__(self, "max_frames", int(self.max_frames))
 
     def take(self, clip: Timeline) -> tuple[list[int], bool]:
         """Indices of the frames, ascending, and whether they are seen in tubes."""
@@ -78,9 +100,10 @@ class Timeline:
     def sample(self, fps: float, limit: int) -> list[int] | None:
         """The frame that is shown at k / fps, for all k within the clip; None for over `limit`."""
         slack = self.rounding + _ROUNDING * self.end / len(self.times)
-        count = math.ceil((self.end - slack) * fps)
-        if count > limit:
+        samples = (self.end - slack) * fps
+        if samples > limit:  # before it is rounded: it may be infinite
             return None
+        count = math.ceil(samples)
         return [
             max(0, bisect_right(self.times, number / fps + slack) - 1)
             for number in range(max(1, count))

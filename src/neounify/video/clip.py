@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from neounify.errors import VideoError
 from neounify.files import atomic_file
 from neounify.video.boxes import xmp_box
+from neounify.video.choice import finite_number
 from neounify.video.library import video_library
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ class Video:
 
 def read_fps(value: float | Fraction) -> Fraction:
     """A frame rate as a fraction, above 0 and at most MAX_FPS. Raises VideoError."""
-    is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= MAX_FPS:
-        raise VideoError(f"fps must be above 0 and at most {MAX_FPS}, got {value}", param="fps")
-    fraction = Fraction(value).limit_denominator(MAX_DENOMINATOR)
+    number = finite_number(value)
+    if number is None or not 0 < number <= MAX_FPS:
+        raise VideoError(f"fps must be above 0 and at most {MAX_FPS}, got {value!r}", param="fps")
+    exact = value if isinstance(value, Fraction) else number
+    fraction = Fraction(exact).limit_denominator(MAX_DENOMINATOR)
     return fraction or Fraction(1, MAX_DENOMINATOR)
 
 

@@ -23,6 +23,7 @@ from neounify.video.library import video_library
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -34,6 +35,8 @@ CODECS = (
     *("msmpeg4v2", "msmpeg4v3", "gif", "prores", "rawvideo", "png", "ffv1"),
 )
 """FFmpeg's names of the decoders that are used."""
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read transparency, which those of FFmpeg leave out."""
 _NEAR = 8
 """Frames that are rather decoded than passed by seeking."""
 _PROBE_BYTES, _PROBE_MICROSECONDS = 5_000_000, 5_000_000
@@ -121,6 +124,7 @@ class _Decoder:
         self._limits, self._choice, self._frame_pixels = limits, choice, frame_pixels
         self._container = self._open(MeteredFile(file, limits.seconds))
         self._stream = self._find_stream()
+        self._context = self._find_context()
         self._unit = self._stream.time_base or Fraction(1, 1000)
         self._stamps: list[int] = []
         self._keys: list[tuple[int, int]] = []
@@ -186,18 +190,29 @@ class _Decoder:
         if not streams:
             sound = ", only sound" if self._container.streams.audio else ""
             raise VideoError(f"holds no video{sound}")
-        stream = max(streams, key=lambda s: (s.width * s.height, -s.index))
+        readable = [s for s in streams if s.codec_context and s.codec_context.name in CODECS]
+        if not readable:
+            context = streams[0].codec_context  # None for a kind that FFmpeg does not know
+            kind = "of an unknown kind" if context is None else context.name
+            raise VideoError(f"its frames are {kind}, which is not read here; use H.264 in MP4")
+        stream = max(readable, key=lambda s: (s.width * s.height, -s.index))
         for other in self._container.streams:
             if other is not stream:
                 other.discard = self._av.stream.Discard.all
-        context = stream.codec_context
-        if context is None or context.name not in CODECS:
-            kind = "of an unknown kind" if context is None else context.name
-            raise VideoError(f"its frames are {kind}, which is not read here; use H.264 in MP4")
         self._check_size(stream.width, stream.height)
+        return stream
+
+    def _find_context(self) -> VideoCodecContext:
+        """The decoder: FFmpeg's own, or for transparent frames of VP8 and VP9 the one of libvpx."""
+        context = self._stream.codec_context
+        name = ALPHA_DECODERS.get(context.name)
+        if name in self._av.codecs_available and self._stream.metadata.get("alpha_mode") == "1":
+            data = context.extradata
+            context = self._av.CodecContext.create(name, "r")
+            context.extradata = data
         context.thread_count = 1
         context.options = {"max_pixels": str(self._limits.pixels)}
-        return stream
+        return context
 
     def _check_size(self, width: int, height: int) -> None:
         if width < 1 or height < 1:
@@ -215,22 +230,24 @@ class _Decoder:
 
     def _scan(self) -> Timeline:
         """The times of all frames, from the packets alone."""
-        last_end = 0
-        for packet in self._packets():
+        last = (-(2**63), 0)  # the greatest time stamp, and where its frame ends
+        for number, packet in enumerate(self._packets()):
+            if number >= self._limits.frames:
+                raise VideoError(f"has more than {self._limits.frames} frames")
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
                 continue
-            self._stamps.append(stamp)
-            last_end = max(last_end, stamp + max(0, packet.duration or 0))
             if packet.is_keyframe:
                 self._keys.append((stamp, stamp if packet.dts is None else packet.dts))
-            if len(self._stamps) > self._limits.frames:
-                raise VideoError(f"has more than {self._limits.frames} frames")
+            if packet.is_discard:  # cut off by an edit list: decoded for what follows, not shown
+                continue
+            self._stamps.append(stamp)
+            last = max(last, (stamp, stamp + max(0, packet.duration or 0)))
         if not self._stamps:
             raise VideoError("has no frames")
         self._stamps = sorted(set(self._stamps))
         self._keys.sort()
-        return self._timeline(last_end)
+        return self._timeline(last[1])
 
     def _timeline(self, last_end: int) -> Timeline:
         first, last = self._stamps[0], self._stamps[-1]
@@ -303,13 +320,14 @@ class _Decoder:
             self._container.seek(stamp, stream=self._stream)
         except self._av.FFmpegError:
             return False
+        self._context.flush_buffers()
         return True
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """All frames from here on; packets that are damaged are passed over."""
         for packet in self._container.demux(self._stream):
             try:
-                yield from packet.decode()
+                yield from self._context.decode(packet)
             except self._av.FFmpegError:
                 continue
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ _START_SECONDS = 20.0
 _OUT_OF_TIME = (-9, -24)
 """Exit states of a process that exceeded its processor time: SIGKILL and SIGXCPU."""
 _WITH_BYTES = "the clip"
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE | re.ASCII)
+_MAX_NAME = 200
+"""Characters of a path in messages."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def read_video(
         "limits": asdict(limits),
         "frame_pixels": frame_pixels,
     }
-    name = str(source) if isinstance(source, str | PathLike) else _WITH_BYTES
+    name = _name_of(source)
     with _opened(source, name, limits) as file:
         output = _run(json.dumps(request), file, limits, name)
     head, _, body = output.partition(b"\n")
@@ -77,6 +81,20 @@ def read_video(
     width, height = clip.size
     frames = np.frombuffer(body, np.uint8).reshape(len(clip.times), height, width, 3)
     return ReadVideo([PIL.Image.fromarray(frame) for frame in frames], clip)
+
+
+def _name_of(source: VideoSource) -> str:
+    """What messages call a source. Raises VideoError for what is none."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _WITH_BYTES
+    if not isinstance(source, str | PathLike):
+        raise VideoError(
+            "a clip is a path, the bytes of a file, a Video, or Frames, not "
+            f"{type(source).__name__}"
+        )
+    name = str(source)
+    name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2]}…"
+    return name or "''"
 
 
 @contextmanager
@@ -98,11 +116,13 @@ def _opened(source: VideoSource, name: str, limits: VideoLimits) -> Iterator[IO[
             raise VideoError(f"{name}: not a file")
         with path.open("rb") as opened:
             yield opened
-    except FileNotFoundError as error:
-        raise VideoError(f"{name}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, VideoError):
             raise
+        if _URL.match(name):
+            raise VideoError(f"{name}: a URL is not read; give a path, or bytes") from error
+        if isinstance(error, FileNotFoundError):
+            raise VideoError(f"{name}: no such file") from error
         raise VideoError(f"{name!r}: cannot be read ({error})") from error
 
 
