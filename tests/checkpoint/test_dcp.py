@@ -178,6 +178,32 @@ def _far(metadata: Any) -> None:
     next(iter(metadata.storage_data.values())).offset = 2**40
 
 
+def _before(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).offset = -8
+
+
+def _absolute(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = "/etc/passwd"
+
+
+def _twice(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).chunks *= 2
+
+
+def _beside(metadata: Any) -> None:
+    chunk = next(iter(metadata.state_dict_metadata.values())).chunks[0]
+    chunk.sizes = torch.Size([n + 1 for n in chunk.sizes])
+
+
+def _half_numbers(metadata: Any) -> None:
+    entry = next(iter(metadata.state_dict_metadata.values()))
+    entry.size = tuple(n / 2 for n in entry.size)
+
+
+def _no_places(metadata: Any) -> None:
+    metadata.storage_data = dict.fromkeys(metadata.storage_data, "x")
+
+
 def _huge(metadata: Any) -> None:
     entry = next(iter(metadata.state_dict_metadata.values()))
     entry.size = torch.Size([2**40, 2**10])
@@ -197,6 +223,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04\x95"),
         "is damaged or of another version",
     ),
+    "a number for an object that takes gigabytes": (
+        lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f."),
+        "an object is numbered 2147483647, in 9 bytes",
+    ),
+    "bytes that are not there": (
+        lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f"),
+        "is damaged or of another version",
+    ),
     "not a checkpoint": (
         lambda f: (f / "model" / ".metadata").write_bytes(pickle.dumps({"a": 1})),
         "describes no checkpoint",
@@ -209,6 +243,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a path that leads out": (_metadata(_leads_out), r"is not the name of a \*.distcp file"),
     "bytes beyond the end": (_metadata(_far), r"bytes at 1099511627776 are not in"),
     "a huge tensor": (_metadata(_huge), "its parts do not make up"),
+    "bytes before the beginning": (_metadata(_before), "are not sizes or places"),
+    "a path of the system": (_metadata(_absolute), r"'/etc/passwd' is not the name of a \*.distcp"),
+    "a part twice": (_metadata(_twice), "its parts do not make up"),
+    "a part beyond the tensor": (_metadata(_beside), "is not inside"),
+    "sizes that are no counts": (_metadata(_half_numbers), "are not sizes or places"),
+    "places that are text": (_metadata(_no_places), "is damaged or of another version"),
     "no places": (_metadata(_unnamed), "no file holds its part"),
     "an unknown entry": (_metadata(_foreign), "'x' is neither a tensor nor an object"),
 }

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -86,8 +87,9 @@ def read_dcp(source: Path) -> list[StoredTensor]:
     folder = (source / SUBFOLDER if nested else source).resolve()
     path = folder / METADATA
     try:
-        metadata = _Unpickler(io.BytesIO(read_bytes(path, MAX_METADATA_BYTES, CheckpointError)))
-        return _tensors(metadata.load(), folder)
+        data = read_bytes(path, MAX_METADATA_BYTES, CheckpointError)
+        _check_memo(data)
+        return _tensors(_Unpickler(io.BytesIO(data)).load(), folder)
     except CheckpointError:
         raise
     except Exception as error:
@@ -146,6 +148,16 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in DTYPE_NAMES},
 }
 """What `torch.distributed.checkpoint.save` of torch 2.13 names → what stands for it here."""
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError for a pickle that numbers its objects beyond their count.
+
+    The unpickler makes room for all numbers up to the greatest, and ten bytes can name billions.
+    """
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= number < len(data):
+            raise ValueError(f"an object is numbered {number}, in {len(data)} bytes")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -19,7 +21,7 @@ from neounify.config import VideoConfig
 from neounify.config.presets import TINY
 from neounify.errors import Overloaded
 from neounify.provenance.metadata import read_packet
-from neounify.serve.http import HttpConfig, Limits, create_app
+from neounify.serve.http import HttpConfig, Limits, create_app, video_jobs
 from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.image import ImageRequest
@@ -171,6 +173,78 @@ def test_jobs_belong_to_their_key() -> None:
         assert client.get(f"/v1/videos/{video['id']}", headers=mine).status_code == 200
 
 
+def test_jobs_are_counted_by_account_however_the_key_is_written() -> None:
+    config = HttpConfig(keys={"a": "key-a"}, limits=Limits(video_jobs=2))
+    with TestClient(create_app(service(), config)) as client:
+        answers = [
+            client.post(
+                "/v1/videos",
+                json={"prompt": "slow", **SMALL},
+                headers={"Authorization": f"{scheme}{' ' * spaces}key-a"},
+            ).status_code
+            for scheme, spaces in (("Bearer", 1), ("bearer", 1), ("Bearer", 3), ("BEARER", 2))
+        ]
+        assert answers == [200, 200, 429, 429]
+
+
+def test_without_keys_all_callers_are_one_account() -> None:
+    with TestClient(create_app(service(), HttpConfig(limits=Limits(video_jobs=2)))) as client:
+        answers = [
+            client.post(
+                "/v1/videos",
+                json={"prompt": "slow", **SMALL},
+                headers={"Authorization": f"Bearer {number}"},
+            ).status_code
+            for number in range(4)
+        ]
+        assert answers == [200, 200, 429, 429]
+
+
+def test_a_full_disk_is_the_jobs_error_and_is_logged(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/clip.mp4")
+
+    monkeypatch.setattr("neounify.video.clip.encode_video", full)
+    video = finished(client)
+    assert (video["status"], video["error"]["code"]) == ("failed", "internal_error")
+    assert "secret" not in str(video)
+    assert "No space left on device" in caplog.text
+    monkeypatch.undo()
+    assert finished(client)["status"] == "completed"
+
+
+def test_cancelling_twice_and_asking_afterwards_is_not_found(client: TestClient) -> None:
+    path = f"/v1/videos/{client.post('/v1/videos', json={'prompt': 'slow', **SMALL}).json()['id']}"
+    assert client.delete(path).status_code == 200
+    answers = [client.delete(path), client.get(path), client.get(f"{path}/content")]
+    assert [answer.status_code for answer in answers] == [404] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "..", "%2e%2e%2fetc", "..%2f..%2fetc%2fpasswd", "a" * 5000, "%00", "a%0d%0ab"]
+)
+def test_ids_that_are_none_are_not_found(client: TestClient, name: str) -> None:
+    for answer in (client.get(f"/v1/videos/{name}/content"), client.delete(f"/v1/videos/{name}")):
+        assert answer.status_code in (404, 405)
+        assert len(answer.text) < 2000
+
+
+def test_wrong_pages_of_the_list_name_their_field(client: TestClient) -> None:
+    for query, param in (("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order")):
+        answer = client.get(f"/v1/videos?{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert answer.json()["error"]["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize("body", ["", "null", "[]", "5", "{", '{"prompt": NaN}', "[" * 10**5])
+def test_bodies_that_are_no_object_are_errors(client: TestClient, body: str) -> None:
+    answer = client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("The body")
+
+
 def test_an_error_of_the_generation_is_the_jobs() -> None:
     def failing(request: ServiceRequest, previews: int) -> Iterable[Any]:
         yield RuntimeError("secret detail")
@@ -204,7 +278,12 @@ def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt": " "}, "prompt", "is empty"),
         ({"frames": 6, "seconds": None}, "frames", "multiple of 4"),
         ({"frames": 8}, "frames", "give one of them"),
-        ({"seconds": 1000}, "seconds", "over this server's 240"),
+        ({"seconds": 1000}, "seconds", "1000 seconds at 8 frames per second are over this"),
+        ({"seconds": 1e308, "fps": 240}, "seconds", "over this server's 240"),
+        ({"seconds": None, "frames": 10**400}, "frames", "less than or equal to 1000000000"),
+        ({"fps": 1e-320}, "fps", "position inf, the model has"),
+        ({"aspect_ratio": "16:9"}, "aspect_ratio", "give size as WIDTHxHEIGHT"),
+        ({"size": "2K"}, "size", "give size as WIDTHxHEIGHT"),
         ({"size": "63x32"}, "size", "multiple"),
         ({"size": "4096x4096"}, None, "tokens"),
         ({"fps": 0}, "fps", "greater than 0"),
@@ -248,12 +327,12 @@ async def _nothing(job: Any) -> None:
     job.file, job.status = b"12345678", "completed"
 
 
-@pytest.mark.parametrize(("max_bytes", "kept"), [(100, 3), (16, 2), (1, 1)])
+@pytest.mark.parametrize(("max_bytes", "kept"), [(100, 3), (18, 2), (1, 1)])
 def test_old_files_make_room_for_new_ones(max_bytes: int, kept: int) -> None:
 
     async def work() -> int:
         jobs = VideoJobs(max_unfinished=9, max_bytes=max_bytes, seconds=10, clock=lambda: 5.0)
-        request: Any = None
+        request: Any = SimpleNamespace(negative_prompt="")
         for _ in range(3):
             job = jobs.start("me", request, "x", _nothing)
             assert job.task is not None
@@ -263,6 +342,26 @@ def test_old_files_make_room_for_new_ones(max_bytes: int, kept: int) -> None:
     assert asyncio.run(work()) == kept
 
 
+def test_jobs_without_files_make_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video that fails leaves a job with its prompts."""
+
+    async def fail(job: Any) -> None:
+        job.status = "failed"
+
+    async def kept(max_bytes: int, prompt: str, negative: str) -> int:
+        jobs = VideoJobs(max_unfinished=9, max_bytes=max_bytes, seconds=10, clock=lambda: 5.0)
+        request: Any = SimpleNamespace(negative_prompt=negative)
+        for _ in range(6):
+            job = jobs.start("me", request, prompt, fail)
+            assert job.task is not None
+            await job.task
+        return len(jobs.of("me"))
+
+    monkeypatch.setattr(video_jobs, "MAX_FINISHED", 5)
+    assert asyncio.run(kept(10**6, "x", "")) == 5
+    assert asyncio.run(kept(200, "x" * 60, "y" * 40)) == 2
+
+
 def test_finished_jobs_expire() -> None:
 
     now = 5.0
@@ -270,7 +369,7 @@ def test_finished_jobs_expire() -> None:
     async def work() -> tuple[int, int]:
         nonlocal now
         jobs = VideoJobs(max_unfinished=9, max_bytes=99, seconds=10, clock=lambda: now)
-        request: Any = None
+        request: Any = SimpleNamespace(negative_prompt="")
         job = jobs.start("me", request, "x", _nothing)
         assert job.task is not None
         await job.task

@@ -269,7 +269,10 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Every branch of a union reports errors; the deepest is of the branch that was meant.
     worst: dict[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
-    param = _param(worst["loc"][1:], error.body, missing=worst["type"] == "missing")
+    part, *loc = worst["loc"]
+    param = _param(loc, error.body, missing=worst["type"] == "missing")
+    if part == "query":
+        param = str(loc[0])
     text = "this field is not known" if worst["type"] == "extra_forbidden" else worst["msg"]
     return bad_request(f"{param or 'body'}: {text}"[:500], param, "invalid_value").response()
 

@@ -132,6 +132,7 @@ class LimitMiddleware:
                 retry_after=1.0,
             )
         stack.enter_context(account.use())
+        scope.setdefault("state", {})["account"] = account.name
         self._in_flight += 1
         stack.callback(self._leave)
 
@@ -395,7 +396,8 @@ class TokenBucket:
 class Account:
     """Requests of one API key: their rate, and how many are in flight."""
 
-    def __init__(self, bucket: TokenBucket | None, concurrent: int | None) -> None:
+    def __init__(self, name: str, bucket: TokenBucket | None, concurrent: int | None) -> None:
+        self.name = name
         self._bucket, self._concurrent = bucket, concurrent
         self._running = 0
 
@@ -435,11 +437,11 @@ class Accounts:
     ) -> None:
         self._digests = {name: _digest(key) for name, key in keys.items()}
 
-        def account() -> Account:
+        def account(name: str) -> Account:
             bucket = TokenBucket(requests_per_minute, clock) if requests_per_minute else None
-            return Account(bucket, concurrent)
+            return Account(name, bucket, concurrent)
 
-        self._accounts = {name: account() for name in keys or (EVERYBODY,)}
+        self._accounts = {name: account(name) for name in keys or (EVERYBODY,)}
 
     def find(self, authorization: str | None) -> Account:
         """The account of an Authorization header. Raises ApiError 401 for no or a wrong key."""

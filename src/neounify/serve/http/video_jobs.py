@@ -12,6 +12,8 @@ from typing import Any, Literal
 from neounify.serve.http.errors import ApiError
 from neounify.tasks.image import ImageRequest
 
+MAX_FINISHED = 10_000
+"""Finished jobs that are kept, those without files too."""
 Status = Literal["queued", "in_progress", "completed", "failed"]
 
 
@@ -41,14 +43,15 @@ class VideoJob:
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
-        return len(self.file or b"") + len(self.thumbnail or b"")
+        """Bytes of its files, and characters of its prompts."""
+        texts = len(self.prompt) + len(self.request.negative_prompt)
+        return len(self.file or b"") + len(self.thumbnail or b"") + texts
 
 
 class VideoJobs:
     """All jobs of a server, oldest first: `max_unfinished` of an owner at a time.
 
-    Finished ones are kept for `seconds`, the newest `max_bytes` of their files.
+    Finished ones are kept for `seconds`, the newest `max_bytes` of their files and MAX_FINISHED.
     """
 
     def __init__(
@@ -129,8 +132,9 @@ class VideoJobs:
         now = self._clock()
         finished = [job for job in self._jobs.values() if job.completed is not None]
         total = sum(job.size for job in finished)
-        for job in finished:
+        for number, job in enumerate(finished):
             expired = job.completed is not None and job.completed + self._seconds <= now
-            if expired or (total > self._max_bytes and job is not finished[-1]):
+            full = total > self._max_bytes or len(finished) - number > MAX_FINISHED
+            if expired or (full and job is not finished[-1]):
                 total -= job.size
                 del self._jobs[job.id]

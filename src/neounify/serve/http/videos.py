@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import logging
 from collections.abc import Mapping
 from contextlib import aclosing
 from fractions import Fraction
@@ -15,10 +15,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 from starlette.requests import Request
 
+from neounify.config import ModelConfig
 from neounify.errors import Overloaded
 from neounify.provenance.metadata import write_packet
 from neounify.serve.http.connections import BoundedRoute, check_json_type
-from neounify.serve.http.errors import ApiError, bad_request, to_api_error
+from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, Number, seeds_of
 from neounify.serve.http.images import form_values, validated
 from neounify.serve.http.serving import ServerState, State, request_metadata
@@ -28,6 +29,7 @@ from neounify.tasks.program import FramesFinished, Preview
 from neounify.tasks.video import clip_shape
 from neounify.video.clip import Video
 
+log = logging.getLogger("neounify.serve")
 router = APIRouter(tags=["videos"], route_class=BoundedRoute)
 PREVIEWS = 10
 """Previews of one frame while a video is generated."""
@@ -54,7 +56,7 @@ class VideoBody(ImageFields):
     seconds: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="Length; rounded to whole tubes of frames."
     )
-    frames: Annotated[int, Field(ge=1)] | None = Field(
+    frames: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         None, description="Number of frames, in place of `seconds`. Extension."
     )
     fps: Annotated[Number, Field(gt=0)] | None = Field(
@@ -72,18 +74,10 @@ def read_video_request(body: VideoBody, state: ServerState) -> ImageRequest:
     for name, asked in (("stream", body.stream), ("think", bool(body.think))):
         if asked:
             raise bad_request(f"{name}: not supported for videos", name, "unsupported")
-    if body.seconds is not None and body.frames is not None:
-        raise bad_request("seconds and frames: give one of them", "frames")
-    defaults, tube = config.sampling.video, config.video.tube_frames if config.video else 1
-    fps = defaults.fps if body.fps is None else body.fps
-    frames = defaults.frames if body.frames is None else body.frames
-    if body.seconds is not None:
-        frames = max(1, round(body.seconds * fps / tube)) * tube
-    if frames > limits.output_frames:
-        raise bad_request(
-            f"{frames} frames are over this server's {limits.output_frames}",
-            "frames" if body.seconds is None else "seconds",
-        )
+    if body.ratio is not None or body.pixels is not None:
+        name = "size" if body.ratio is None else "aspect_ratio"
+        raise bad_request(f"{name}: not supported for videos; give size as WIDTHxHEIGHT", name)
+    frames, fps = _length(body, config, limits.output_frames)
     shape = clip_shape(config, body.width_height or (None, None), frames, fps)
     if shape.width * shape.height > limits.output_pixels:
         raise bad_request(
@@ -106,6 +100,27 @@ def read_video_request(body: VideoBody, state: ServerState) -> ImageRequest:
     return request
 
 
+def _length(body: VideoBody, config: ModelConfig, limit: int) -> tuple[int, float]:
+    """Frames, and frames per second. Raises ApiError."""
+    if body.seconds is not None and body.frames is not None:
+        raise bad_request("seconds and frames: give one of them", "frames")
+    defaults, tube = config.sampling.video, config.video.tube_frames if config.video else 1
+    fps = defaults.fps if body.fps is None else body.fps
+    frames = defaults.frames if body.frames is None else body.frames
+    if body.seconds is not None:
+        tubes = min(body.seconds * fps / tube, limit + 1)  # the product may be infinite
+        frames = max(1, round(tubes)) * tube
+    if frames > limit:
+        asked = f"{frames} frames"
+        if body.seconds is not None:
+            asked = f"{body.seconds:g} seconds at {fps:g} frames per second"
+        raise bad_request(
+            f"{asked} are over this server's {limit} frames",
+            "frames" if body.seconds is None else "seconds",
+        )
+    return frames, fps
+
+
 async def _read_body(request: Request, state: ServerState) -> VideoBody:
     kind = request.headers.get("content-type")
     if (kind or "").partition(";")[0].strip().lower() == "multipart/form-data":
@@ -119,8 +134,8 @@ async def _read_body(request: Request, state: ServerState) -> VideoBody:
 
 
 def _owner(request: Request) -> str:
-    """The caller, by their key."""
-    return hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()
+    """The name of the caller's account."""
+    return str(request.state.account)
 
 
 # --- generation ---
@@ -134,6 +149,8 @@ async def generate_video(job: VideoJob, state: ServerState) -> None:
         job.progress, job.status = 100, "completed"
     except Exception as error:  # the job keeps what its request would have been answered
         job.error, job.status = to_api_error(error), "failed"
+        if job.error is INTERNAL:
+            log.error("%s could not be generated", job.id, exc_info=error)
 
 
 async def _frames(job: VideoJob, state: ServerState) -> torch.Tensor:
