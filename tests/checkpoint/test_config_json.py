@@ -215,7 +215,7 @@ def test_what_only_this_package_states() -> None:
     ("values", "message"),
     [
         ('{"shift": 0.0005}', "sampling.shift must be from 0.001 to 1000, got 0.0005"),
-        ('{"guidance": NaN}', "sampling.guidance must be from 0 to 1000, got nan"),
+        ('{"guidance": NaN}', "guidance must be a finite number, found nan"),
         ('{"image_guidance": 1e9}', "sampling.image_guidance must be from 0 to 1000, got 10000"),
         ('{"steps": 100000}', "sampling.steps must be from 1 to 1000, got 100000"),
     ],
@@ -292,7 +292,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "text for a float": (
         lambda: document(llm={"rope_theta": "big"}),
-        "rope_theta must be a number",
+        "rope_theta must be a finite number",
     ),
     "negative size": (lambda: document(llm={"vocab_size": -1}), "vocab_size must be at least 1"),
     "no layers": (lambda: document(llm={"num_hidden_layers": 0}), "num_layers must be at least"),

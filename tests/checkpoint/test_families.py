@@ -22,7 +22,7 @@ from neounify.checkpoint import (
 )
 from neounify.config import CheckpointDefaults, ModelConfig, VideoConfig
 from neounify.config.families import FAMILIES, PIXELUMM
-from neounify.config.presets import TINY
+from neounify.config.presets import TINY, U1_A3B
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model import NeoUnify
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
@@ -143,11 +143,48 @@ def test_missing_and_foreign_tensors_are_listed(tmp_path: Path) -> None:
         ({"num_attention_heads": "4"}, "num_attention_heads must be a whole number"),
         ({"neounify": {"family": "pixel"}}, "family 'pixel' is unknown: sensenova-u1, pixelumm"),
         ({"neounify": {"family": PIXELUMM, "model": {"depth": 1}}}, "model.depth is unknown"),
+        ({"num_hidden_layers": 10**12}, "num_layers must be at most 1,000"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number, found inf"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
+        *(
+            ({"neounify": {"family": PIXELUMM, part: {name: value}}}, message)
+            for part, name, value, message in (
+                ("model", "prediction", "v", "model.prediction is unknown"),
+                ("model", "template", "chatml", "template 'chatml' is unknown"),
+                ("model", "capabilities", ["fly"], "capability 'fly' is unknown"),
+                ("model", "video", {"tube_frames": 0}, "tube_frames must be at least 1, got 0"),
+                ("model", "video", {"tube_frames": -4}, "tube_frames must be at least 1, got -4"),
+                ("model", "video", {"tube_frames": 2.5}, "tube_frames must be a whole number"),
+                ("model", "video", {"tube_frames": 2**40}, "tube_frames must be at most 1,024"),
+                ("model", "video", {"position_fps": float("nan")}, "position_fps must be a finite"),
+                ("model", "video", {"position_fps": 0}, "position_fps must be positive"),
+                ("flow", "first_time", float("nan"), "first_time must be a finite number"),
+                ("flow", "t_eps_sampling", float("inf"), "t_eps_sampling must be a finite number"),
+                ("sampling", "video", {"fps": float("inf")}, "fps must be a finite number"),
+                ("sampling", "video", {"solver": "rk4"}, "video.solver 'rk4' is unknown"),
+            )
+        ),
     ],
 )
 def test_configs_that_are_wrong(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(write_config(CONFIG) | change)
+
+
+def test_layers_of_experts_are_counted_before_they_are_listed() -> None:
+    document = write_config(U1_A3B)
+    document["llm_config"]["num_hidden_layers"] = 10**12
+    with pytest.raises(ConfigError, match="num_layers must be at most 1,000"):
+        read_config(document)
+
+
+def test_a_part_that_a_family_has_no_names_for(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    document["neounify"]["model"] = {"image_head": "flow"}
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="a part that PixelUMM checkpoints do not have"):
+        load_model(folder)
 
 
 def test_a_distributed_checkpoint_is_not_opened(tmp_path: Path) -> None:

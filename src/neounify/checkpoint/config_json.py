@@ -26,6 +26,7 @@ from neounify.checkpoint.document import (
     unlist,
 )
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.checks import check_size
 from neounify.config.families import SENSENOVA_U1
 from neounify.errors import ConfigError
 from neounify.image.pixels import RGB
@@ -216,6 +217,7 @@ class _Reader:
 
     def _experts(self, width: int, num_layers: int) -> tuple[MlpConfig, MlpConfig]:
         llm = self.llm
+        check_size("num_layers", num_layers)  # each of them is marked below
         step = integer(llm, "decoder_sparse_step", 1)
         dense_layers = llm.get("mlp_only_layers") or []
         require(

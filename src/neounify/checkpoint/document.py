@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,11 @@ def integer(section: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def number(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number of a section. Raises ConfigError."""
+    """A finite number of a section. Raises ConfigError."""
     value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"config.json: {key} must be a number, found {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"config.json: {key} must be a finite number, found {value!r}")
     return float(value)
 
 

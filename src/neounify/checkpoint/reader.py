@@ -31,7 +31,7 @@ from neounify.checkpoint.names import (
     to_published,
 )
 from neounify.config import ModelConfig
-from neounify.config.families import SENSENOVA_U1
+from neounify.config.families import SENSENOVA_U1, title_of
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import WEIGHT_FILES, read_json
 
@@ -150,7 +150,13 @@ class CheckpointFolder:
         the embedding is accepted (and not used).
         """
         family = self.config.family
-        wanted = {to_published(name, family): tuple(shape) for name, shape in expected.items()}
+        try:
+            wanted = {to_published(name, family): tuple(shape) for name, shape in expected.items()}
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.path}: config.json describes a part that {title_of(family)} checkpoints do "
+                f"not have: {error.args[0]}"
+            ) from error
         unexpected = sorted(self.tensors.keys() - wanted.keys())
         if LM_HEAD in unexpected and self._has_equal_lm_head():
             unexpected.remove(LM_HEAD)

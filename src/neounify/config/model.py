@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from neounify.errors import ConfigError, RequestError
 
 ImageHead = Literal["flow", "pixel", "linear"]
 PatchEmbedding = Literal["conv", "linear"]
+PromptForm = Literal["neo", "pixelumm"]
 UndPixels = Literal["imagenet", "symmetric"]
 NoiseDraw = Literal["image", "tokens"]
 NoiseScaleMode = Literal["fixed", "resolution", "dynamic", "dynamic_sqrt"]
@@ -65,7 +67,7 @@ class FlowConfig:
             f"noise_scale_mode {self.noise_scale_mode!r} is unknown; known are "
             f"{', '.join(get_args(NoiseScaleMode))}",
         )
-        _require_one_of("noise_draw", self.noise_draw, NoiseDraw)
+        require_one_of("noise_draw", self.noise_draw, NoiseDraw)
         for name in (
             "noise_scale",
             "noise_scale_base_tokens",
@@ -74,7 +76,10 @@ class FlowConfig:
             "t_eps_sampling",
         ):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be positive, got {value}")
+            require(
+                value is None or 0 < value < math.inf,
+                f"{name} must be positive and finite, got {value}",
+            )
         require(self.unipc_grid >= 0, f"unipc_grid must be 0 or more, got {self.unipc_grid}")
         require(
             0 <= self.first_time < 1,
@@ -82,7 +87,7 @@ class FlowConfig:
         )
 
 
-def _require_one_of(name: str, value: object, known: object) -> None:
+def require_one_of(name: str, value: object, known: object) -> None:
     names = get_args(known)
     require(value in names, f"{name} {value!r} is unknown; known are {', '.join(names)}")
 
@@ -129,11 +134,12 @@ class VideoDefaults:
         for name in ("frames", "max_frames"):
             require(getattr(self, name) >= 1, f"video.{name} must be at least 1")
         for name in ("fps", "sample_fps", "tube_fps"):
-            require(getattr(self, name) > 0, f"video.{name} must be positive")
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"video.{name} must be positive and finite, got {value}")
         for name in ("steps", "shift", "guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"video.{error}")
-        _require_one_of("video.solver", self.solver, SolverName)
+        require_one_of("video.solver", self.solver, SolverName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class CheckpointDefaults:
         for name in ("steps", "shift", "guidance", "image_guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"sampling.{error}")
-        _require_one_of("sampling.solver", self.solver, SolverName)
+        require_one_of("sampling.solver", self.solver, SolverName)
 
     def of_video(self) -> CheckpointDefaults:
         """The same defaults with those of videos in place of images'."""
@@ -266,7 +272,10 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         require(self.tube_frames >= 1, f"tube_frames must be at least 1, got {self.tube_frames}")
-        require(self.position_fps > 0, f"position_fps must be positive, got {self.position_fps}")
+        require(
+            0 < self.position_fps < math.inf,
+            f"position_fps must be positive and finite, got {self.position_fps}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,8 +300,8 @@ class ModelConfig:
     """MLPs of the generation stream."""
     family: str = "sensenova-u1"
     """Family of checkpoints, a key of `FAMILIES` in `config/families.py`."""
-    template: str = "neo"
-    """Form of the prompts."""
+    template: PromptForm = "neo"
+    """Form of the prompts, a key of `TEMPLATES` in `text/forms.py`."""
     capabilities: tuple[Capability, ...] = (
         "chat",
         "generate",
@@ -346,7 +355,9 @@ class ModelConfig:
     """The config.json this came from; saving keeps the keys that this package does not read."""
 
     def __post_init__(self) -> None:
-        _check_model(self)
+        from neounify.config.checks import check_model  # which reads the names above
+
+        check_model(self)
 
     @property
     def token_size(self) -> int:
@@ -404,79 +415,3 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
-
-
-def _check_model(c: ModelConfig) -> None:
-    sizes = (
-        "hidden_size num_layers num_heads num_kv_heads head_dim vocab_size max_positions max_grid "
-        "patch_size merge channels vision_hidden_size flow_head_width"
-    )
-    for name in sizes.split():
-        require(getattr(c, name) >= 1, f"{name} must be at least 1, got {getattr(c, name)}")
-    require(
-        c.num_heads % c.num_kv_heads == 0,
-        f"num_heads {c.num_heads} must be a multiple of num_kv_heads {c.num_kv_heads}",
-    )
-    require(
-        c.head_dim % 8 == 0,
-        f"head_dim {c.head_dim} must be a multiple of 8: it is cut into a half and two quarters, "
-        "each rotated in pairs",
-    )
-    require(
-        c.vision_hidden_size % 4 == 0,
-        f"vision hidden size {c.vision_hidden_size} must be divisible by 4 (two rotated halves)",
-    )
-    if c.image_head == "pixel":
-        require(
-            c.hidden_size % 4 == 0 and c.token_size % 4 == 0,
-            f"the pixel head needs a hidden size ({c.hidden_size}) and a token side "
-            f"({c.token_size}) that are divisible by 4",
-        )
-    for name, known in (
-        ("image_head", ImageHead),
-        ("patch_embed", PatchEmbedding),
-        ("und_pixels", UndPixels),
-    ):
-        _require_one_of(name, getattr(c, name), known)
-    for capability in c.capabilities:
-        _require_one_of("capability", capability, Capability)
-    _check_video(c)
-    for name in ("rope_theta", "rope_theta_hw", "rope_theta_vision", "rms_norm_eps"):
-        require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
-    for stream, mlp in c.mlps.items():
-        _check_mlp(stream, mlp, c.num_layers)
-    c.sampling.check_sizes(c.token_size)
-
-
-def _check_video(c: ModelConfig) -> None:
-    if c.video is None:
-        generated = {"generate_video", "continue_video"}.intersection(c.capabilities)
-        require(not generated, "a model without tubes generates no videos")
-        return
-    video, side = c.sampling.video, c.token_size
-    require(
-        len(video.size) == 2 and all(n >= side and n % side == 0 for n in video.size),
-        f"sampling.video.size {video.size} must be (width, height), multiples of {side}",
-    )
-    require(
-        video.frames % c.video.tube_frames == 0,
-        f"sampling.video.frames {video.frames} must be a multiple of tube_frames "
-        f"{c.video.tube_frames}",
-    )
-
-
-def _check_mlp(stream: str, mlp: MlpConfig, num_layers: int) -> None:
-    if not mlp.sparse or not all(mlp.sparse):
-        require(mlp.width >= 1, f"the {stream} MLP width must be at least 1, got {mlp.width}")
-    if not any(mlp.sparse):
-        return
-    require(
-        len(mlp.sparse) == num_layers,
-        f"{stream}: {len(mlp.sparse)} layers are marked sparse or dense, expected {num_layers}",
-    )
-    require(
-        1 <= mlp.experts_per_token <= mlp.num_experts,
-        f"{stream}: experts per token {mlp.experts_per_token} must lie in 1..{mlp.num_experts}, "
-        "the number of experts",
-    )
-    require(mlp.expert_width >= 1, f"{stream}: expert width {mlp.expert_width} must be positive")
