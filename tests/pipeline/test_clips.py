@@ -152,6 +152,11 @@ def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) ->
         ({"frames": 6}, "multiple of 4, at least 4, got 6"),
         ({"frames": 0}, "multiple of 4, at least 4, got 0"),
         ({"frames": -4}, "got -4"),
+        ({"frames": "8"}, "at least 4, got 8"),
+        ({"images_per_prompt": 1.5}, "images_per_prompt must be from 1 to"),
+        ({"fps": "24"}, "fps must be above 0"),
+        ({"fps": 10**400}, "fps must be above 0"),
+        ({"fps": 1e-310}, "end at position inf, the model has 8,192"),
         ({"fps": 0}, "fps must be above 0 and at most 240, got 0"),
         ({"fps": float("nan")}, "fps must be above 0"),
         ({"frames": 400_000}, "tokens, this model generates"),
@@ -172,6 +177,18 @@ def test_clips_that_cannot_be_are_refused(
 def test_a_model_without_tubes_refuses_clips(pipe: neounify.Pipeline) -> None:
     with pytest.raises(RequestError, match="not trained to generate videos"):
         pipe.generate("a star", **SIZE)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [None], ["a star", 5], []])
+def test_prompts_that_are_no_text_are_refused(clips: neounify.Pipeline, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"prompt must be text|list of prompts is empty"):
+        clips.generate(prompt, **SIZE)
+
+
+def test_numbers_of_numpy_are_numbers(clips: neounify.Pipeline) -> None:
+    plain = clips.generate("x", **SIZE)
+    numbers: Any = {"frames": np.int64(8), "fps": np.float32(16)}
+    assert torch.equal(frames_of(clips.generate("x", **(SIZE | numbers))), frames_of(plain))
 
 
 def test_rates_are_kept_as_fractions(clips: neounify.Pipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import neounify
 from neounify.config.sampling import SolverName
+from neounify.errors import PromptError
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
 from neounify.serve.service import EngineService
@@ -39,6 +41,24 @@ def test_an_image_is_the_same_alone_and_in_a_batch(
     for prompt, seed, pixels in zip(prompts, seeds, together, strict=True):
         alone = pipe.generate(prompt, seed=seed, solver=solver, **SIZE)
         assert_close(alone.pixels[0], pixels, 2e-5)
+
+
+def test_a_clip_is_the_same_alone_in_a_batch_and_with_streamed_weights(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    pipe, streamed = neounify.load(folder), neounify.load(folder, memory="stream")
+    size: dict[str, Any] = {"width": 64, "height": 48, "steps": 3, "frames": 8, "fps": 12}
+    alone = pipe.generate("a boat", seed=3, **size).videos[0].frames
+    together = pipe.generate(["two red hens", "a boat"], seed=[1, 3], **size).videos[1].frames
+    assert (together.int() - alone.int()).abs().max() <= 1
+    assert torch.equal(streamed.generate("a boat", seed=3, **size).videos[0].frames, alone)
+
+
+def test_prompts_beyond_what_is_read_are_refused(pipe: neounify.Pipeline) -> None:
+    message = "the prompt has 20,000 tokens, this model reads 4,096 at most"
+    for options in ({}, {"frames": 8}):
+        for prompts in (("a " * 10_000, ""), ("a boat", "a " * 10_000)):
+            with pytest.raises(PromptError, match=message):
+                pipe.generate(prompts[0], negative_prompt=prompts[1], **SIZE, **options)
 
 
 def test_previews_end_in_the_image(pipe: neounify.Pipeline) -> None:

@@ -156,7 +156,8 @@ def _check_memo(data: bytes) -> None:
     The unpickler makes room for all numbers up to the greatest, and ten bytes can name billions.
     """
     for opcode, number, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= number < len(data):
+        is_numbered = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if is_numbered and number is not None and not 0 <= number < len(data):
             raise ValueError(f"an object is numbered {number}, in {len(data)} bytes")
 
 

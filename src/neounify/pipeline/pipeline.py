@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from PIL.Image import Image
 from torch import Tensor
@@ -26,6 +26,7 @@ from neounify.image.io import ImageSource
 from neounify.image.pixels import output_size, size_advice
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import STREAMS
+from neounify.pipeline.arguments import per_prompt, read_prompts
 from neounify.pipeline.driver import Driver
 from neounify.pipeline.results import (
     Callback,
@@ -57,8 +58,6 @@ from neounify.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from neounify.pipeline.devices import DeviceGroup
     from neounify.pipeline.videos import ConditionInput, VideoInput
-
-T = TypeVar("T", int, str)
 
 SYSTEM_MESSAGE_FILE = "system_message_generation.txt"
 
@@ -238,7 +237,7 @@ class Pipeline:
         cancel: threading.Event | None = None,
         **sampling: Unpack[GenerateKnobs],
     ) -> ImageResult:
-        """Generate images, or clips, of one prompt or of a batch of different ones.
+        """Generate images, or clips, of one prompt or of a list of different ones.
 
         `width` and `height` are in pixels, multiples of the token side; a size the model was not
         trained at is a SizeWarning, here and in all calls that generate images. `seed`, one for
@@ -260,11 +259,7 @@ class Pipeline:
         that are unknown, or only edits have.
         """
         check_keywords("generate", sampling, GenerateKnobs)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise RequestError(
-                "the list of prompts is empty; at least one is needed", param="prompt"
-            )
+        prompts = read_prompts(prompt)
         shape = self._shape(width, height, frames, fps, condition)
         request = ImageRequest(
             prompt=prompts[0],
@@ -295,9 +290,9 @@ class Pipeline:
         """The request for every prompt, with its values of lists."""
         each = zip(
             prompts,
-            _per_prompt(seed, len(prompts), "seed"),
+            per_prompt(seed, len(prompts), "seed"),
             split_noise(noise, len(prompts), self.config),
-            _per_prompt(negative_prompt, len(prompts), "negative_prompt"),
+            per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )
         shown = request.condition
@@ -481,21 +476,6 @@ class Pipeline:
 
     def _driver(self, cancel: threading.Event | None) -> Driver:
         return Driver(self.model, self._residency, self._plan, cancel, self.devices)
-
-
-# --- lists of arguments ---
-
-
-def _per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
-    """One value for every prompt, or a list with as many values as prompts."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != count:
-            raise RequestError(
-                f"{len(value)} values of {name} for {count} prompts; give one, or one per prompt",
-                param=name,
-            )
-        return list(value)
-    return [value] * count
 
 
 def _warn_untrained(config: ModelConfig, width: int, height: int) -> None:

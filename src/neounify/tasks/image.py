@@ -107,7 +107,8 @@ class ImageRequest:
     condition: tuple[ClipPiece, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
+        is_count = hasattr(self.count, "__index__")
+        if not is_count or not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
             raise RequestError(
                 f"images_per_prompt must be from 1 to {MAX_IMAGES_PER_PROMPT}, got {self.count}",
                 param="images_per_prompt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import PIL.Image
 import torch
@@ -29,7 +30,7 @@ def check_clip(config: ModelConfig, width: int, height: int, frames: int, fps: f
     config.check_can("generate_video")
     assert config.video is not None
     tube_frames = config.video.tube_frames
-    is_count = isinstance(frames, int) and not isinstance(frames, bool)
+    is_count = isinstance(frames, Integral) and not isinstance(frames, bool)
     if not is_count or frames < tube_frames or frames % tube_frames:
         raise RequestError(
             f"frames must be a multiple of {tube_frames}, at least {tube_frames}, got {frames}",
@@ -175,4 +176,6 @@ def clip_shape(
         times = [number / rate for number in range(len(condition))]
         tubes = config.video is not None and config.video.und
         pieces = clip_pieces(config, condition, times, tubes=tubes)
-    return OutputShape(width=width, height=height, frames=frames, fps=rate, condition=tuple(pieces))
+    return OutputShape(
+        width=width, height=height, frames=int(frames), fps=float(rate), condition=tuple(pieces)
+    )
