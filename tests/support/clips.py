@@ -62,3 +62,13 @@ def clip_bytes(
             container.mux(audio.encode(silence))
             container.mux(audio.encode())
     return file.getvalue()
+
+
+def gif(size: tuple[int, int], count: int) -> bytes:
+    """A GIF of empty frames, each of a few bytes for hundreds of pixels."""
+    file = io.BytesIO()
+    Image.new("P", size).save(file, "GIF")
+    data = file.getvalue()
+    head = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
+    delay = b"\x21\xf9\x04\x00\x0a\x00\x00\x00"
+    return data[:head] + (delay + data[head:-1]) * count + b"\x3b"

@@ -22,7 +22,7 @@ from neounify.errors import VideoError
 from neounify.video.choice import FRAME_LIMIT, FrameChoice, Timeline, at_rate
 from neounify.video.decode import ALPHA_DECODERS, Clip, VideoLimits, decode_frames
 from neounify.video.read import read_video
-from support.clips import STEP, clip_bytes, numbered, numbers_of
+from support.clips import STEP, clip_bytes, gif, numbered, numbers_of
 
 TENTHS = FrameChoice(fps=10)
 
@@ -166,16 +166,6 @@ def test_damaged_frames_show_the_one_before() -> None:
     packets[4:7] = [b"\xff\xd8 no image"] * 3
     assert numbers_of(decoded(of_packets(packets))[1]) == [0, 1, 2, 3, 7, 7, 7, *range(7, 12)]
     assert refused(of_packets([b"no image"] * 9)) == "no frame can be decoded: damaged or cut off"
-
-
-def gif(size: tuple[int, int], count: int) -> bytes:
-    """A GIF of empty frames, each of a few bytes for hundreds of pixels."""
-    file = io.BytesIO()
-    Image.new("P", size).save(file, "GIF")
-    data = file.getvalue()
-    head = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
-    delay = b"\x21\xf9\x04\x00\x0a\x00\x00\x00"
-    return data[:head] + (delay + data[head:-1]) * count + b"\x3b"
 
 
 def test_gifs_that_unpack_to_gigabytes_are_bounded() -> None:

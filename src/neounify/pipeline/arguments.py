@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from neounify.errors import RequestError
 
@@ -12,7 +12,7 @@ T = TypeVar("T", int, str)
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
     """One prompt or several, at least one, all of them text. Raises RequestError."""
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts:
         raise RequestError("the list of prompts is empty; at least one is needed", param="prompt")
     for one in prompts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import PIL.Image
 import torch
@@ -30,7 +29,7 @@ def check_clip(config: ModelConfig, width: int, height: int, frames: int, fps: f
     config.check_can("generate_video")
     assert config.video is not None
     tube_frames = config.video.tube_frames
-    is_count = isinstance(frames, Integral) and not isinstance(frames, bool)
+    is_count = hasattr(frames, "__index__") and not isinstance(frames, bool)
     if not is_count or frames < tube_frames or frames % tube_frames:
         raise RequestError(
             f"frames must be a multiple of {tube_frames}, at least {tube_frames}, got {frames}",

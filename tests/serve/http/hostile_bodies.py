@@ -7,16 +7,17 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from serve.http.hostile_clips import clips, video_bodies
 from serve.http.hostile_images import large_files, png, saved, small_files
 from support.http_server import png as plain_png
 
 Sent = tuple[str, str, bytes]
 CHAT, EDITS, GENERATIONS = "/v1/chat/completions", "/v1/images/edits", "/v1/images/generations"
-JSON = "application/json"
+VIDEOS, JSON = "/v1/videos", "application/json"
 _BOUNDARY = "xxBOUNDARYxx"
 _FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 K, M = 1000, 1000 * 1000
-__all__ = ["large_requests", "small_requests"]
+__all__ = ["large_requests", "small_clips", "small_requests"]
 
 
 def chat(content: Any, **fields: Any) -> Sent:
@@ -35,6 +36,17 @@ def looking(files: Sequence[bytes]) -> Sent:
     urls = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return chat([*parts, {"type": "text", "text": "?"}])
+
+
+def watching(files: Sequence[bytes], **fields: Any) -> Sent:
+    """A question about clips."""
+    urls = ["data:video/mp4;base64," + base64.b64encode(file).decode() for file in files]
+    return watching_at(urls, **fields)
+
+
+def watching_at(urls: Sequence[str], **fields: Any) -> Sent:
+    parts = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    return chat([*parts, {"type": "text", "text": "?"}], **fields)
 
 
 def form(*parts: tuple[str, bytes]) -> Sent:
@@ -78,6 +90,27 @@ def small_requests() -> Iterator[tuple[str, Sent]]:
     yield from _small_json()
     yield from _small_texts()
     yield from _small_forms()
+    yield from small_clips()
+
+
+def small_clips() -> Iterator[tuple[str, Sent]]:
+    """Questions about clips, and videos to generate."""
+    files = clips()
+    for name, file in files.items():
+        yield name, watching([file])
+    yield "4 gifs of 8 times 9 MP", watching([files["a gif of 8 times 9 MP"]] * 4)
+    yield "5 clips", watching([files["half a clip"]] * 5)
+    for url in (
+        "http://127.0.0.1:9/a.mp4",
+        "file:///dev/zero",
+        "data:video/mp4," + "%41" * 200 * K,
+    ):
+        yield f"a clip at {url[:16]}", watching_at([url])
+    kwargs = {"video": {"fps": 1e308, "num_frames": 10**9}}
+    yield "frames without end", watching([files["4 billion times"]], media_io_kwargs=kwargs)
+    yield "a form of a clip", editing(files["a gif of 8 times 9 MP"])
+    for name, fields in video_bodies():
+        yield name, (VIDEOS, JSON, json.dumps(fields).encode())
 
 
 def _small_images() -> Iterator[tuple[str, Sent]]:
