@@ -43,7 +43,7 @@ def clips() -> dict[str, bytes]:
 
 def video_bodies() -> Iterator[tuple[str, dict[str, Any]]]:
     """Bodies of /v1/videos, by name."""
-    for name, fields in {
+    bodies: dict[str, dict[str, Any]] = {
         "no end of seconds": {"seconds": 1e308, "fps": 240},
         "frames without end": {"frames": 10**18},
         "a rate of nothing": {"seconds": 1, "fps": 1e-320},
@@ -51,7 +51,8 @@ def video_bodies() -> Iterator[tuple[str, dict[str, Any]]]:
         "a thousand steps": {"frames": 4, "steps": 1000},
         "a prompt of 900k": {"prompt": "x " * 450_000},
         "a list for a size": {"size": [64] * 100_000},
-    }.items():
+    }
+    for name, fields in bodies.items():
         yield f"a video of {name}", {"prompt": "x"} | fields
 
 
