@@ -76,6 +76,7 @@ def test_a_velocity_at_another_time_than_the_solvers() -> None:
     assert job.t == 0.1
     job.move({"cond": torch.tensor([[0.9]], dtype=torch.float64)})
     assert float(job.z) == pytest.approx(0.95)
+    assert job.clean is not None
     assert float(job.clean) == pytest.approx(0.9)
 
 

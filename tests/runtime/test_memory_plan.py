@@ -12,9 +12,11 @@ from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import stream_of
 from neounify.config import ModelConfig, VideoConfig
 from neounify.config.presets import BENCH, PIXELUMM_8B, SCENES, TINY, U1_8B, U1_A3B
+from neounify.errors import RequestError
 from neounify.runtime import memory_plan, memory_rows
 from neounify.runtime.memory_plan import Mode, Task, weight_bytes, working_bytes
 from neounify.runtime.rates import CARDS, Machine, rates_of_size
+from neounify.tasks.clips import clip_question
 
 GIB = 2**30
 RTX_4090 = Machine(device=24 * GIB, host=32 * GIB, rates=CARDS["RTX 4090"][1])
@@ -306,9 +308,9 @@ def test_clips_are_planned_by_their_tubes() -> None:
     clip = Task(kind="t2v", width=832, height=480, frames=96)
     assert clip.tokens(PIXELUMM_8B) == 37_440
     n, kv = 37_440, PIXELUMM_8B.kv_bytes(2)
-    rows = 2 * n * memory_plan.row_bytes(PIXELUMM_8B, "gen", 2)
-    state = memory_plan.state_bytes(PIXELUMM_8B, n, clip=True)
-    assert state == 37 * 3072 * n
+    row = memory_plan.row_bytes(PIXELUMM_8B, "gen", 2)
+    rows, state = 2 * n * row, memory_plan.state_bytes(PIXELUMM_8B, n, clip=True)
+    assert state == 16 * 3072 * n
     assert working_bytes(PIXELUMM_8B, clip, 2)["gen"] == rows + state + 2 * 256 * kv
     image = Task(width=832, height=480)
     assert clip.tokens(PIXELUMM_8B) == 24 * image.tokens(PIXELUMM_8B)
@@ -316,3 +318,50 @@ def test_clips_are_planned_by_their_tubes() -> None:
     twice = Task(kind="t2v", width=832, height=480, frames=192)
     more = working_bytes(PIXELUMM_8B, twice, 2)["gen"] - working_bytes(PIXELUMM_8B, clip, 2)["gen"]
     assert more == rows + state
+    # Branch by branch, the first prediction waits for the second call.
+    apart = working_bytes(PIXELUMM_8B, clip, 2, branch_rows=n)["gen"]
+    assert apart == n * row + state + 4 * 3072 * n + 2 * 256 * kv
+
+
+def test_branches_of_a_clip_are_apart_where_memory_is_short() -> None:
+    """By the rule of the denoiser; where nothing fits, the peak is that of one call."""
+    clip = Task(kind="t2v", width=832, height=480, frames=96)
+    kept = memory_rows.Kept(name="bf16", weights=weight_bytes(PIXELUMM_8B, 2), itemsize=2)
+    together = working_bytes(PIXELUMM_8B, clip, 2)["gen"]
+    apart = working_bytes(PIXELUMM_8B, clip, 2, branch_rows=1)["gen"]
+
+    def working(gigabytes: float) -> float:
+        machine = Machine(device=int(gigabytes * 1e9), host=64 * GIB, rates=CARDS["H100"][1])
+        row = memory_rows.plan_row(PIXELUMM_8B, kept, clip, machine, "all", {})
+        idle = memory_plan.peak_bytes(kept.weights, "all", {"gen": 0})
+        return (row.peak - idle) / memory_plan.FRAGMENTS
+
+    idle = memory_plan.peak_bytes(kept.weights, "all", {"gen": 0}) / 1e9
+    assert working(idle - 1) == pytest.approx(together)
+    assert working(idle + 12) == pytest.approx(apart)
+    assert working(idle + 40) == pytest.approx(together)
+    # Images of the published sizes have one call whatever the memory.
+    for limit in (1, 10**9):
+        image = working_bytes(U1_8B, PAINT, 2, branch_rows=limit)["gen"]
+        assert image == working_bytes(U1_8B, PAINT, 2)["gen"]
+
+
+def test_questions_about_clips_are_planned_by_frames_and_tubes() -> None:
+    frames = clip_question(PIXELUMM_8B, 96, None)
+    assert (frames.references, frames.reference_tokens) == (96, 448**2 // 256)
+    assert frames.tokens(PIXELUMM_8B) == 0
+    assert frames.prefix == 256 + 96 * (784 + 8)
+    tubes = clip_question(PIXELUMM_8B, 95, (832, 480), tubes=True, answer=64)
+    assert (tubes.references, tubes.reference_tokens) == (24, 36 * 21)
+    assert tubes.think == 64
+    pixels = 2 * 3 * 24 * 36 * 21 * PIXELUMM_8B.tube_width
+    rows = (tubes.prefix - 64) * memory_plan.row_bytes(PIXELUMM_8B, "und", 2)
+    keys = tubes.prefix * PIXELUMM_8B.kv_bytes(2)
+    assert working_bytes(PIXELUMM_8B, tubes, 2) == {"und": rows + keys + pixels}
+    # Many frames share the area of a clip.
+    many = clip_question(PIXELUMM_8B, 960, None)
+    assert many.references * many.reference_tokens <= 96 * 784
+    with pytest.raises(RequestError, match="no embedding of tubes"):
+        clip_question(U1_8B, 8, None, tubes=True)
+    with pytest.raises(RequestError, match="frames must be at least 1, got 0"):
+        clip_question(PIXELUMM_8B, 0, None)

@@ -59,12 +59,20 @@ class PlanOptions(NamedModel):
     ] = "t2i"
     size: Annotated[
         str | None,
-        option(PANEL, "WIDTHxHEIGHT", "Pixels of the image. Default: the checkpoint's."),
+        option(PANEL, "WIDTHxHEIGHT", "Pixels of the image or video. Default: the checkpoint's."),
     ] = None
     frames: Annotated[
         int | None,
-        option(PANEL, "N", "Frames of the video, with --task t2v. Default: the checkpoint's."),
+        option(
+            PANEL,
+            "N",
+            "Frames of the video: of the one that --task t2v generates (default: the "
+            "checkpoint's), or of one that --task chat looks at.",
+        ),
     ] = None
+    tubes: Annotated[
+        bool, option(PANEL, None, "The video of --task chat is looked at in tubes.", "--tubes")
+    ] = False
     references: Annotated[
         int, option(PANEL, "N", "Images before the one that is generated.", min=0, max=64)
     ] = 0
@@ -99,6 +107,7 @@ def plan(*, options: PlanOptions, training: TrainingOptions, report: ReportOptio
     \b
       neounify plan --preset 8b --gpu 24G --ram 32G
       neounify plan --model FOLDER --task edit --references 2
+      neounify plan --preset pixelumm --task chat --frames 96 --tubes
       neounify plan --train recipes/published.toml --gpus 64 --preset 8b
     """
     display = Display(quiet=report.quiet, json=report.json)
@@ -234,10 +243,14 @@ def _task(config: ModelConfig, options: PlanOptions) -> Task:
         raise UsageError(
             f"--task must be one of {', '.join(get_args(TaskKind))}, got {options.task!r}"
         )
+    if options.tubes and (options.task != "chat" or options.frames is None):
+        raise UsageError("--tubes is of a video to look at: give --task chat --frames N")
     if options.task == "t2v":
         return _clip_task(config, options)
     if options.frames is not None:
-        raise UsageError("--frames is of videos: give --task t2v")
+        if options.task != "chat":
+            raise UsageError("--frames is of videos: give --task t2v, or --task chat")
+        return _seen_clip_task(config, options, options.frames)
     sampling, kind = config.sampling, options.task
     references = max(options.references, 1) if kind == "edit" else options.references
     asked = parse_size(options.size) if options.size else (None, None)
@@ -276,9 +289,19 @@ def _clip_task(config: ModelConfig, options: PlanOptions) -> Task:
     )
 
 
+def _seen_clip_task(config: ModelConfig, options: PlanOptions, frames: int) -> Task:
+    """A question about a video. Raises the errors of a request for it."""
+    from neounify.tasks.clips import clip_question
+
+    size = parse_size(options.size) if options.size else None
+    return clip_question(config, frames, size, tubes=options.tubes, answer=options.think)
+
+
 def _described(task: Task, config: ModelConfig) -> str:
     if not task.paints:
-        return f"chat, {task.prefix} tokens"
+        clip = f" with {task.frames} frames of a video" if task.frames else ""
+        clip += " in tubes" if task.tubes else ""
+        return f"chat{clip}, {task.prefix:,} tokens"
     kinds = {"t2i": "generate", "edit": "edit to", "interleave": "interleave"}
     kinds["t2v"] = f"generate {task.frames} frames of"
     text = f"{kinds[task.kind]} {task.width}×{task.height}, {task.steps} steps"

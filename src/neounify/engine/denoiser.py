@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -20,18 +21,20 @@ from neounify.engine.graphs import DenoisingGraphs, recordable
 from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
-from neounify.image.clips import rows_to_frames
+from neounify.image.clips import join_rows, rows_to_frames
 from neounify.image.pixels import unpatchify
 from neounify.model.layout import Document, Grid, Layout, Noise, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
 from neounify.model.stream import Attend
-from neounify.runtime.plan import ExecutionPlan, plan_execution
+from neounify.runtime import memory_plan
+from neounify.runtime.plan import ExecutionPlan, branches_apart, plan_execution
 
 if TYPE_CHECKING:
     from neounify.engine.spread import Spread
 
 Item = TypeVar("Item")
+
 
 # --- one image ---
 
@@ -46,6 +49,11 @@ class DenoiseJob:
     ends. `layers_run` counts layers over all steps and branches: over the number of the model's
     layers, it is the number of evaluations of the network. `places` are the ranks that have the
     `residuals` of each branch, in a group.
+
+    A clip moves in pieces of PIECE_BYTES (`runtime.memory_plan`), each with a solver of its own:
+    the results are those of one piece, and what the solver works with is no larger. `clean`
+    [tokens, token_width] is the guided clean image that the last step predicted, kept for the steps
+    of `previews` alone, where that is not None.
     """
 
     z: Tensor
@@ -63,12 +71,14 @@ class DenoiseJob:
     layers_run: int = 0
     residuals: dict[Branch, Residuals] = field(default_factory=dict)
     places: dict[Branch, int] = field(default_factory=dict)
-    _last: tuple[Tensor, Tensor, float] | None = None
+    previews: frozenset[int] | None = None
+    clean: Tensor | None = None
     _last_guided: bool | None = None
 
     def __post_init__(self) -> None:
         self._guidance_run = GuidanceRun(self.guidance)
         self.network_times = self.network_times or self.times
+        self._solvers: list[Solver] = []
 
     @property
     def steps(self) -> int:
@@ -81,14 +91,6 @@ class DenoiseJob:
     @property
     def t(self) -> float:
         return self.network_times[self.steps_done]
-
-    @property
-    def clean(self) -> Tensor:
-        """The guided clean-image prediction of the last step, [tokens, token_width]."""
-        if self._last is None:
-            raise ValueError("no step has been taken yet, so there is no prediction")
-        guided, z, t = self._last
-        return clean_from_velocity(guided, z, t, self.t_eps)
 
     @property
     def longest(self) -> int:
@@ -115,18 +117,55 @@ class DenoiseJob:
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
         """Take the next step, from the clean images predicted behind each evaluated prefix."""
-        t, first, acts = self.t, self.steps_done == 0, self._guidance_run.acts_at(self.t)
-        clean = self._guidance_run.complete(t, predictions) if acts else predictions
-        v = {b: velocity(x, self.z, t, self.t_eps) for b, x in clean.items()}
-        guided = self.guidance.combine(v, first_step=first) if acts else v["cond"]
-        if acts != self._last_guided and self.restarts:
-            self.solver.reset()
-        self._last, self._last_guided = (guided, self.z, t), acts
-        start, end = self.times[self.steps_done : self.steps_done + 2]
-        self.z = self.solver.step(self.z, guided, start, end)
+        first, acts = self.steps_done == 0, self._guidance_run.acts_at(self.t)
+        clean = self._guidance_run.complete(self.t, predictions) if acts else predictions
+        pieces, solvers = self._pieces()
+        restarts = acts != self._last_guided and self.restarts
+        for solver in solvers if restarts else ():
+            solver.reset()
+        self._last_guided = acts
+        self._advance(clean, pieces, solvers)
         if acts and self.guidance.zeroes(first_step=first):
-            self.solver.reset()
+            for solver in solvers:
+                solver.reset()
         self.steps_done += 1
+
+    def _advance(
+        self, clean: dict[Branch, Tensor], pieces: Sequence[slice], solvers: Sequence[Solver]
+    ) -> None:
+        """Move z piece by piece; `clean` are the clean images of all branches of the step."""
+        t, (start, end) = self.t, self.times[self.steps_done : self.steps_done + 2]
+        keeps = self.previews is None or self.steps_done + 1 in self.previews
+        whole = None if self.guidance.by_row else self._guided(clean, self.z)
+        moved = torch.empty_like(self.z)
+        self.clean = torch.empty_like(self.z) if keeps else None
+        for rows, solver in zip(pieces, solvers, strict=True):
+            # A solver may keep the point, and a view of it would keep all of it.
+            z = self.z[rows].clone() if len(pieces) > 1 else self.z
+            if whole is not None:
+                guided = whole[rows]
+            else:
+                guided = self._guided({b: x[rows] for b, x in clean.items()}, z)
+            if self.clean is not None:
+                self.clean[rows] = clean_from_velocity(guided, z, t, self.t_eps)
+            moved[rows] = solver.step(z, guided, start, end)
+        self.z = moved
+
+    def _guided(self, clean: dict[Branch, Tensor], z: Tensor) -> Tensor:
+        """The velocity at z towards the clean images, guided where guidance acts."""
+        v = {b: velocity(x, z, self.t, self.t_eps) for b, x in clean.items()}
+        if not self._last_guided:
+            return v["cond"]
+        return self.guidance.combine(v, first_step=self.steps_done == 0)
+
+    def _pieces(self) -> tuple[list[slice], list[Solver]]:
+        """Rows that move together, of an image all, and the solver of each."""
+        if not self.grid.tubes:
+            return [slice(None)], [self.solver]
+        rows = max(1, memory_plan.PIECE_BYTES // self.z[0].nbytes)
+        if self.steps_done == 0:
+            self._solvers = [deepcopy(self.solver) for _ in range(0, len(self.z), rows)]
+        return [slice(start, start + rows) for start in range(0, len(self.z), rows)], self._solvers
 
 
 @dataclass(eq=False)
@@ -148,8 +187,12 @@ def make_job(
     grid: Grid,
     prefixes: dict[Branch, SequenceCache],
     sampling: ResolvedSampling,
+    previews: frozenset[int] | None = None,
 ) -> DenoiseJob:
-    """Denoising job of one image behind its prefixes, from noise scaled by σ."""
+    """Denoising job of one image behind its prefixes, from noise scaled by σ.
+
+    `previews` are the steps whose predicted clean image is kept, None for all.
+    """
     return DenoiseJob(
         z=to_device(noise, model.device),
         grid=grid,
@@ -162,6 +205,7 @@ def make_job(
         t_eps=sampling.effective_t_eps(),
         solver=make_solver(sampling.solver, published=sampling.published_solver),
         cache=sampling.cache,
+        previews=previews,
     )
 
 
@@ -223,13 +267,20 @@ class Denoiser:
         """
         calls: dict[tuple[Run, ...], _Call] = {}
         for group in self._grouped(jobs):
-            runs = mine = tuple((job, branch) for job in group for branch in job.branches())
-            if self.spread is not None:
-                mine = self.spread.mine(runs)
-            if mine and mine not in calls:
-                calls[mine] = self._calls.get(mine) or self._new_call(mine)
-            yield from self._move(runs, calls.get(mine))
+            runs = tuple((job, branch) for job in group for branch in job.branches())
+            parts = self._parts(runs) if self.spread is None else [self.spread.mine(runs)]
+            for part in parts:
+                if part and part not in calls:
+                    calls[part] = self._calls.get(part) or self._new_call(part)
+            yield from self._move(runs, [calls[part] for part in parts if part])
         self._calls = self._earlier(calls) | calls
+
+    def _parts(self, runs: tuple[Run, ...]) -> list[tuple[Run, ...]]:
+        """The runs of each call: of all, or of one where a large image has no memory for them."""
+        lengths = [job.grid.length for job, _ in runs]
+        if branches_apart(min(lengths), sum(lengths), self.plan.branch_rows):
+            return [(run,) for run in runs]
+        return [runs]
 
     def forget(self) -> None:
         """Drop the kept layouts and plans."""
@@ -267,9 +318,9 @@ class Denoiser:
             of_kind = [job for job in jobs if bool(job.grid.tubes) == tubes]
             yield from groups(of_kind, share_of, 1)
 
-    def _move(self, runs: tuple[Run, ...], call: _Call | None) -> Iterator[None]:
-        """Move the jobs of runs by a step; `call` is that of this rank's runs, if it has some."""
-        work = self._predict(call)
+    def _move(self, runs: tuple[Run, ...], calls: Sequence[_Call]) -> Iterator[None]:
+        """Move the jobs of runs by a step; `calls` are those of this rank's runs."""
+        work = self._predict_all(calls)
         if self.spread is None:
             predicted = yield from work
         else:
@@ -283,13 +334,23 @@ class Denoiser:
         for job, clean in predictions.items():
             job.move(clean)
 
-    def _predict(self, call: _Call | None) -> Generator[None, None, Predicted]:
+    def _predict_all(self, calls: Sequence[_Call]) -> Generator[None, None, Predicted]:
+        """What the network predicts for the runs of some calls, one after the other."""
+        clean: list[Tensor] = []
+        reused: frozenset[Run] = frozenset()
+        residuals: dict[Run, Residuals] = {}
+        for call in calls:
+            part = yield from self._predict(call)
+            clean += part.clean
+            reused |= part.reused
+            residuals |= part.residuals
+        return Predicted(clean, reused, residuals)
+
+    def _predict(self, call: _Call) -> Generator[None, None, Predicted]:
         """What the network predicts for the runs of a call."""
-        if call is None:
-            return Predicted([], frozenset(), {})
         model, cached = self.model, any(job.cache.threshold for job in call.jobs)
         inputs = (
-            torch.cat([job.z for job in call.jobs]),
+            join_rows([job.z for job in call.jobs]),
             torch.stack([call.times[job][job.steps_done] for job in call.jobs]),
             call.noise_scale,
         )

@@ -97,6 +97,15 @@ class _Image:
 
 
 @dataclass(eq=False)
+class _Ending:
+    """A finished clip, of which `tubes` have not been sent yet."""
+
+    call: int
+    tubes: int
+    frames: Iterator[FramesReady]
+
+
+@dataclass(eq=False)
 class _Step:
     """A denoising step in progress; `large` if one image exceeds the token limit of a step."""
 
@@ -135,6 +144,7 @@ class GenerationEngine:
         self._denoiser = Denoiser(model, self.plan, spread)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
+        self._ending: deque[_Ending] = deque()
         self._unfinished: dict[int, int] = {}
         """Number of unfinished images of each call."""
         self._running: deque[_Step] = deque()
@@ -144,7 +154,7 @@ class GenerationEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._images)
+        return bool(self._images or self._ending)
 
     def gauges(self) -> Mapping[str, float]:
         """Images in progress, and the batch size of the last step."""
@@ -167,13 +177,16 @@ class GenerationEngine:
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
-        """Work on a denoising step for a bounded time, a short one beside text.
+        """Send a tube of a finished clip, or else work on a denoising step.
 
-        Selected images share a step. An image that alone exceeds the token limit of a step does
-        not delay the others: its steps alternate with theirs. Raises errors that concern all
-        images; an error of one is the answer to its call, and a step that finds no memory that to
-        the calls of its images.
+        For a bounded time, a short one beside text. Selected images share a step. An image that
+        alone exceeds the token limit of a step does not delay the others: its steps alternate with
+        theirs. Raises errors that concern all images; an error of one is the answer to its call,
+        and a step that finds no memory that to the calls of its images.
         """
+        if self._ending:
+            self._send_frames()
+            return
         if not self._alone:
             # What depends on time is the choice of one rank.
             self._row_seconds = self.group.choose(lambda: self._row_seconds)
@@ -278,10 +291,11 @@ class GenerationEngine:
         noise = self.transport.take(command.noise)["noise"]
         self._unfinished[command.call] = noise.shape[0]
         for index, image_noise in enumerate(noise):
-            job = make_job(self.model, image_noise, command.grid, prefixes, command.sampling)
-            self._images.append(
-                _Image(command.call, index, job, command.preview_steps, Waiting(0, 0))
+            previews = command.preview_steps
+            job = make_job(
+                self.model, image_noise, command.grid, prefixes, command.sampling, previews
             )
+            self._images.append(_Image(command.call, index, job, previews, Waiting(0, 0)))
 
     def _prefix(self, prefix: Prefix | str) -> SequenceCache:
         if not isinstance(prefix, str):
@@ -308,27 +322,32 @@ class GenerationEngine:
     def _send_results(self, image: _Image) -> None:
         job = image.job
         if job.steps_done in image.previews:
+            assert job.clean is not None
             preview = StepPreview(
                 image.index, job.steps_done, job.steps, self._pack(job, job.clean)
             )
+            job.clean = None
             self.replies.append(Reply(image.call, preview, False))
         if not job.done:
             return
         if not torch.isfinite(job.z).all():
             raise not_finite()
-        evaluations = job.layers_run / self.model.config.num_layers
-        done: list[ImageReady | FramesReady]
-        if job.grid.tubes:
-            done = list(self._frames(image, evaluations))
-        else:
-            done = [ImageReady(image.index, self._pack(job, job.z), evaluations)]
         self._images.remove(image)
-        self._unfinished[image.call] -= 1
-        last = not self._unfinished[image.call]
+        evaluations = job.layers_run / self.model.config.num_layers
+        if job.grid.tubes:
+            frames = self._frames(image.index, job, evaluations)
+            self._ending.append(_Ending(image.call, job.grid.tubes, frames))
+        else:
+            pixels = self._pack(job, job.z)
+            self._finish(image.call, ImageReady(image.index, pixels, evaluations))
+
+    def _finish(self, call: int, answer: ImageReady | FramesReady) -> None:
+        """Reply with an image, or with the last frames of a clip; the call may end with it."""
+        self._unfinished[call] -= 1
+        last = not self._unfinished[call]
         if last:
-            self._drop(image.call)
-        for answer in done:
-            self.replies.append(Reply(image.call, answer, last and answer is done[-1]))
+            self._drop(call)
+        self.replies.append(Reply(call, answer, last))
 
     def _pack(self, job: DenoiseJob, tokens: torch.Tensor) -> TensorRef:
         """The pixels of an image, or of the frame in the middle of a clip."""
@@ -338,17 +357,33 @@ class GenerationEngine:
         pixels = to_pixels(tokens, job.grid, self.model.config)
         return self.transport.pack({"pixels": pixels})
 
-    def _frames(self, image: _Image, evaluations: float) -> Iterator[FramesReady]:
+    def _frames(self, index: int, job: DenoiseJob, evaluations: float) -> Iterator[FramesReady]:
         """The frames of a finished clip, tube by tube; as levels they take a quarter of z."""
-        grid = image.job.grid
-        for number in range(grid.tubes):
-            frames = tube_frames(image.job.z, grid, number, self.model.config)
+        for number in range(job.grid.tubes):
+            frames = tube_frames(job.z, job.grid, number, self.model.config)
             ref = self.transport.pack({"frames": frame_levels(frames)})
-            first, total = number * len(frames), grid.tubes * len(frames)
-            yield FramesReady(image.index, first, total, ref, evaluations)
+            first, total = number * len(frames), job.grid.tubes * len(frames)
+            yield FramesReady(index, first, total, ref, evaluations)
+
+    def _send_frames(self) -> None:
+        """Send the next tube of a finished clip; the one before it may be gone by then."""
+        ending = self._ending[0]
+        try:
+            answer = next(ending.frames)
+        except Exception as error:
+            self._drop(ending.call)
+            self.replies.append(failed(ending.call, error, alone=self._alone))
+            return
+        ending.tubes -= 1
+        if ending.tubes:
+            self.replies.append(Reply(ending.call, answer, False))
+            return
+        self._ending.popleft()
+        self._finish(ending.call, answer)
 
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]
+        self._ending = deque(ending for ending in self._ending if ending.call != call)
         self._unfinished.pop(call, None)
         # Steps without an image of a live call are dropped.
         self._running = deque(

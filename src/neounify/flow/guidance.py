@@ -108,6 +108,11 @@ class Guidance:
         """Whether a guided step stands still: the first one of cfg_zero_star."""
         return self.norm == "cfg_zero_star" and first_step
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the guided velocity of a token follows from the velocities of that token."""
+        return self.norm in ("none", "channel")
+
     def combine(self, v: Velocities, *, first_step: bool) -> Tensor:
         """The guided velocity of each image from those of its branches."""
         cond = v["cond"]

@@ -67,6 +67,8 @@ def join_rows(
 ) -> Float[Tensor, "n values"]:
     """Rows of tokens one after the other, padded with zeros to the longest, or to `width`."""
     width = max(width, *(x.shape[1] for x in rows))
+    if len(rows) == 1 and rows[0].shape[1] == width:
+        return rows[0]
     return torch.cat([pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x for x in rows])
 
 

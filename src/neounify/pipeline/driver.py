@@ -36,7 +36,7 @@ from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import Cancelled, OutOfMemory, is_out_of_memory
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
-from neounify.runtime.plan import ExecutionPlan
+from neounify.runtime.plan import UNLIMITED, ExecutionPlan
 from neounify.tasks.program import (
     Compute,
     NextAnswer,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from neounify.pipeline.devices import DeviceGroup
 
 Event = TaskEvent | DecodedToken
-UNLIMITED = 2**62
 
 
 def call_engines(

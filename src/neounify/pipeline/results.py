@@ -21,6 +21,7 @@ from neounify.tasks.chat import ChatRequest, chat
 from neounify.tasks.image import ImageRequest, generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
+    ClipFrames,
     Finished,
     FramesFinished,
     ImageFinished,
@@ -284,7 +285,7 @@ class _Images:
         self.thought: list[int] = []
         self.previews: dict[int, Preview] = {}
         self._images: dict[int, ImageFinished | FramesFinished] = {}
-        self._frames: dict[int, list[Tensor]] = {}
+        self._clips: dict[int, ClipFrames] = {}
 
     def put(self, event: Event) -> None:
         match event:
@@ -295,8 +296,9 @@ class _Images:
             case ImageFinished(index):
                 self._images[index] = event
             case FramesFinished(index):
-                self._images[index] = event
-                self._frames.setdefault(index, []).append(event.frames)
+                self._clips.setdefault(index, ClipFrames(event.total)).put(event)
+                if event.is_last:
+                    self._images[index] = event
 
     def in_order(self) -> list[ImageFinished | FramesFinished]:
         """Every image, and of every clip its last frames."""
@@ -305,7 +307,7 @@ class _Images:
     def videos(self) -> list[Video]:
         """The clips, in order."""
         fps = self.request.fps
-        return [Video(torch.cat(self._frames[n]), Fraction(fps)) for n in sorted(self._frames)]
+        return [Video(self._clips[n].whole(), Fraction(fps)) for n in sorted(self._clips)]
 
 
 def _progress(collected: Sequence[_Images]) -> ImageProgress:

@@ -40,7 +40,6 @@ from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import image_tokens, to_pil
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.driver import UNLIMITED
 from neounify.post_train.answers import (
     TOKENS,
     Answers,
@@ -54,7 +53,7 @@ from neounify.post_train.policy import TokenPrompt, interleave_request
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.reward_kinds import Pixels
 from neounify.post_train.rollout import START, noise_generator
-from neounify.runtime.plan import plan_execution
+from neounify.runtime.plan import UNLIMITED, plan_execution
 from neounify.tasks.image import draw_noise, edit_images
 from neounify.tasks.interleave import to_und_input, turn_prompt
 from neounify.tasks.program import Processor

@@ -22,7 +22,14 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from neounify.config import ModelConfig
-from neounify.runtime.plan import MIN_ROWS, PREFILL_ROWS, row_bytes
+from neounify.runtime.plan import (
+    MIN_ROWS,
+    PREFILL_ROWS,
+    UNLIMITED,
+    branches_apart,
+    head_bytes,
+    row_bytes,
+)
 
 StreamName = Literal["und", "gen"]
 STREAMS: tuple[StreamName, ...] = get_args(StreamName)
@@ -35,6 +42,9 @@ SLOTS, STAGING = 3, 2
 """Layers of a device that streamed ones pass through, and buffers of a layer locked on the host."""
 PROCESS = 0.30e9
 """Resident bytes of Python, torch and the package on the CPU; measured, see docs/memory.md."""
+PIECE_BYTES, PIECES = 2**26, 7
+"""Bytes of a clip's point that moves at once, and tensors of that size that it takes to
+move; glibc gives blocks above 32 MiB back, while smaller ones leave holes."""
 COPIED_TOKENS = 512
 """Images that see at most so many tokens, themselves included, share a copy of their prefixes."""
 PROMPT_TOKENS = 256
@@ -178,7 +188,10 @@ def _values(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is asked of a model: one image at a time, a clip of `frames`, or text.
+    """What is asked of a model: one image at a time, a clip, or text.
+
+    `frames` are those of a clip: of one that is generated, or in a chat of one that is looked at,
+    whose `references` are its frames, or with `tubes` its tubes.
 
     `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
     every branch, `think` tokens are written before the image (or, in a chat, the answer).
@@ -197,6 +210,7 @@ class Task:
     step_cache: bool = False
     jobs: int = 1
     frames: int = 0
+    tubes: bool = False
 
     @property
     def paints(self) -> bool:
@@ -231,20 +245,12 @@ def default_task(config: ModelConfig) -> Task:
     return Task(width=width, height=height, steps=sampling.steps, branches=branches)
 
 
-def head_bytes(config: ModelConfig, itemsize: float, *, clip: bool = False) -> float:
-    """Working memory of a row in the image or video head, whose result is cast to float32."""
-    width = config.tube_width if clip else config.token_width
-    inner = config.flow_head_width if config.image_head == "flow" and not clip else width
-    values = 2 * config.hidden_size + 2 * inner + width
-    return itemsize * values + 4 * width
-
-
 def state_bytes(config: ModelConfig, tokens: int, *, clip: bool = False) -> int:
     """Float32 state of one image being denoised: 72 · C² bytes a token of three channels.
 
-    Of a clip unipc keeps three tensors more, and the frames have a byte a value.
+    Of a clip the point and the three tensors that unipc keeps.
     """
-    return (37 * config.tube_width if clip else 24 * config.token_width) * tokens
+    return (16 * config.tube_width if clip else 24 * config.token_width) * tokens
 
 
 def step_cache_bytes(config: ModelConfig, tokens: int, itemsize: float) -> float:
@@ -252,13 +258,23 @@ def step_cache_bytes(config: ModelConfig, tokens: int, itemsize: float) -> float
     return 4 * tokens * config.hidden_size * itemsize
 
 
-def denoise_bytes(config: ModelConfig, task: Task, itemsize: int) -> float:
-    """A of denoising: rows of all branches, state, residuals kept, keys and values of prefixes."""
+def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = UNLIMITED) -> float:
+    """A of denoising: rows of a call, state, residuals kept, keys and values of prefixes.
+
+    `limit` is that of `branches_apart`, which says whether a call has the rows of all branches.
+    """
     n, runs = task.tokens(config), task.branches * task.jobs
     cached = step_cache_bytes(config, n, itemsize) if task.step_cache else 0
     clip = task.frames > 0
-    head = head_bytes(config, itemsize, clip=clip)
-    rows = runs * n * max(row_bytes(config, "gen", itemsize), head)
+    apart = branches_apart(n, task.branches * n, limit)
+    together = 1 if apart else runs
+    row, head = row_bytes(config, "gen", itemsize), head_bytes(config, itemsize, clip=clip)
+    # Predictions of earlier calls of the step; of a clip the point that it moves to, and
+    # what moving takes.
+    values = n * 4 * config.tube_width if clip else n * 4 * config.token_width
+    waiting = (runs - together) * values
+    moved = values + PIECES * min(values, PIECE_BYTES) if clip else 0
+    rows = max(together * n * row, together * n * head + moved) + waiting
     keys = task.branches * task.prefix
     if n + task.prefix <= COPIED_TOKENS:
         keys += runs * (n + task.prefix)
@@ -273,7 +289,13 @@ def prefill_bytes(
     branches = task.branches if task.paints else 1
     rows = min(limit, branches * (task.prefix - task.think))
     keys = branches * task.prefix * config.kv_bytes(itemsize)
-    return rows * row_bytes(config, "und", itemsize) + keys
+    pixels = 0.0
+    if task.frames and not task.paints:
+        # All frames as they were prepared; those of a call are cut into rows, and these joined.
+        width = config.tube_width if task.tubes else config.token_width
+        tokens = task.references * task.reference_tokens
+        pixels = (tokens + 2 * min(rows, tokens)) * width * itemsize
+    return rows * row_bytes(config, "und", itemsize) + keys + pixels
 
 
 def least_prefill_rows(task: Task) -> int:
@@ -282,12 +304,19 @@ def least_prefill_rows(task: Task) -> int:
 
 
 def working_bytes(
-    config: ModelConfig, task: Task, itemsize: int, prefill_rows: int = PREFILL_ROWS
+    config: ModelConfig,
+    task: Task,
+    itemsize: int,
+    prefill_rows: int = PREFILL_ROWS,
+    branch_rows: int = UNLIMITED,
 ) -> dict[StreamName, float]:
-    """A of each stream that a task uses, with prompts cut into calls of so many rows."""
+    """A of each stream that a task uses, with prompts cut into calls of so many rows.
+
+    `branch_rows` is the limit of `branches_apart`.
+    """
     working: dict[StreamName, float] = {"und": prefill_bytes(config, task, itemsize, prefill_rows)}
     if task.paints:
-        working["gen"] = denoise_bytes(config, task, itemsize)
+        working["gen"] = denoise_bytes(config, task, itemsize, branch_rows)
     return working
 
 

@@ -27,6 +27,7 @@ from neounify.runtime.memory_plan import (
     rest_units,
     working_bytes,
 )
+from neounify.runtime.plan import UNLIMITED, fitting_branch_rows
 from neounify.runtime.rates import Machine
 
 TEXT_SHARE = 0.7
@@ -127,9 +128,14 @@ def plan_row(
 ) -> PlanRow:
     """The row of one mode; `resident` counts with "layers" only."""
     weights = kept.weights
+    idle = dict.fromkeys(task.streams, 0.0)
+    free = machine.device - peak_bytes(weights, mode, idle, resident, unified=machine.unified)
+    together = UNLIMITED
+    if free > 0:
+        together = fitting_branch_rows(config, kept.itemsize, int(free))
     # Prompts that do not fit in one call are cut, down to the size of an image.
     for limit in (PREFILL_ROWS, least_prefill_rows(task)):
-        working = working_bytes(config, task, kept.itemsize, limit)
+        working = working_bytes(config, task, kept.itemsize, limit, together)
         peak = peak_bytes(weights, mode, working, resident, unified=machine.unified)
         if peak <= machine.device:
             break

@@ -17,6 +17,10 @@ PREFIX_BYTES = 2**31
 unequal images."""
 PREFILL_ROWS, MIN_ROWS = 32_768, 512
 """Rows of one call of prefill or denoising at most, and the least that they are cut to."""
+APART_TOKENS = 8192
+"""Tokens of an image from which a call is bound by arithmetic even where the layers are streamed
+for it, so that calls of single branches take no longer than one of all (docs/memory.md)."""
+UNLIMITED = 2**62
 LOGITS = 2**26
 """Logits in memory at a time in training."""
 
@@ -53,6 +57,9 @@ class ExecutionPlan:
     """Time a step waits for a grammar that is being compiled, while no text is decoded."""
     denoise_rows: int = PREFILL_ROWS
     """Image tokens of one call, over all guidance branches; more take several calls a step."""
+    branch_rows: int = UNLIMITED
+    """Image tokens of one call, over the guidance branches of a large image; see
+    `branches_apart`."""
     denoise_step_rows: int = 1024
     """Image tokens of a server's denoising step, over all guidance branches."""
     prefix_rows: int = 32_768
@@ -88,17 +95,19 @@ def plan_execution(
 
     `free_bytes` is the device's free memory (`free_memory`): the paged cache may take half of it,
     and so may copies of prefixes, up to PREFIX_BYTES, and what one call works with (an image is
-    never cut); None sets no bound. It is rounded down to a
-    power of two, so that small differences leave the plan of a machine as it is. It decides how
-    much fits at once, not what is computed: training, which is exact to the bit, does not use it.
-    All devices have the limits of CPUs so far.
+    never cut; the branches of a large one are called apart, see `branches_apart`); None sets no
+    bound. It is rounded down to a power of two, so that small differences leave the plan of a
+    machine as it is. It decides how much fits at once, not what is computed: training, which is
+    exact to the bit, does not use it. All devices have the limits of CPUs so far.
     """
     defaults = ExecutionPlan()
     token = config.kv_bytes(dtype.itemsize)
     kv_blocks, prefix_bytes = defaults.kv_blocks, PREFIX_BYTES
     rows = {"und": PREFILL_ROWS, "gen": PREFILL_ROWS}
+    branch_rows = UNLIMITED
     if free_bytes is not None:
-        half = 2 ** max(free_bytes, 1).bit_length() // 4
+        half = half_of(free_bytes)
+        branch_rows = max(1, fitting_branch_rows(config, dtype.itemsize, free_bytes))
         prefix_bytes = min(prefix_bytes, half)
         kv_blocks = min(kv_blocks, half // (defaults.kv_block_size * token))
         for stream, most in rows.items():
@@ -110,6 +119,7 @@ def plan_execution(
         kv_blocks=max(1, kv_blocks),
         prefill_rows=rows["und"],
         denoise_rows=rows["gen"],
+        branch_rows=branch_rows,
         prefix_rows=max(1, min(defaults.prefix_rows, prefix_bytes // token)),
         logits_rows=max(1, LOGITS // config.vocab_size),
     )
@@ -136,6 +146,27 @@ def free_memory(device: torch.device) -> int | None:
     return available_bytes() if device.type in ("cpu", "mps") else None
 
 
+def half_of(free_bytes: int) -> int:
+    """At most half of so many free bytes, and more than a quarter: a power of two."""
+    return 2 ** max(free_bytes, 1).bit_length() // 4
+
+
+def fitting_branch_rows(config: ModelConfig, itemsize: float, free_bytes: int) -> int:
+    """Rows of the generation stream whose working memory is at most `half_of` what is free."""
+    head = head_bytes(config, itemsize, clip=config.video is not None)
+    return int(half_of(free_bytes) // max(row_bytes(config, "gen", itemsize), head))
+
+
+def branches_apart(tokens: int, rows: int, limit: int) -> bool:
+    """Whether each guidance branch of an image of `tokens` tokens has a call of its own.
+
+    The rule of the denoiser and of the memory plan: all branches together, `rows` in one call,
+    unless the image has APART_TOKENS or more and the call more than `limit` rows, those that
+    `fitting_branch_rows` has memory for.
+    """
+    return tokens >= APART_TOKENS and rows > limit
+
+
 def row_bytes(config: ModelConfig, stream: str, itemsize: float) -> float:
     """Working memory of a row of one stream, in the layer that needs most.
 
@@ -151,3 +182,13 @@ def row_bytes(config: ModelConfig, stream: str, itemsize: float) -> float:
         widths.append(3 * mlp.experts_per_token * (mlp.expert_width + d))
     heads = (config.num_heads + config.num_kv_heads) * config.head_dim
     return itemsize * (4 * d + 2 * heads + max(widths))
+
+
+def head_bytes(config: ModelConfig, itemsize: float, *, clip: bool = False) -> float:
+    """Working memory of a row in the image or video head, whose result is cast to float32."""
+    if clip:
+        cast = 0 if itemsize == 4 else itemsize
+        return itemsize * 2 * config.hidden_size + (4 + cast) * config.tube_width
+    inner = config.flow_head_width if config.image_head == "flow" else config.token_width
+    values = 2 * config.hidden_size + 2 * inner + config.token_width
+    return itemsize * values + 4 * config.token_width

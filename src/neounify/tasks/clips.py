@@ -9,7 +9,9 @@ from typing import Any
 import PIL.Image
 
 from neounify.config import ModelConfig
-from neounify.errors import PromptError
+from neounify.errors import PromptError, RequestError
+from neounify.image.pixels import fit_size
+from neounify.runtime.memory_plan import PROMPT_TOKENS, Task
 from neounify.text.clips import VIDEO_MARK, clip_text
 from neounify.text.forms import NEO, Template, unnumbered
 from neounify.video.choice import finite_number
@@ -27,6 +29,8 @@ class ClipPiece:
     tube: bool
     seconds: float
     bounds: tuple[int, int]
+
+NO_TUBES = "this model has no embedding of tubes: it sees the frames of a video as images"
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,49 @@ def frame_bounds(config: ModelConfig, count: int) -> tuple[int, int]:
     video = config.sampling.video
     largest = max(1, min(video.frame_max_pixels, video.max_total_pixels // count))
     return min(video.frame_min_pixels, largest), largest
+
+
+STAMP_TOKENS = 8
+"""Tokens of the time in front of a frame or tube, and of the marks around it, about."""
+
+
+def clip_question(
+    config: ModelConfig,
+    frames: int,
+    size: tuple[int, int] | None,
+    *,
+    tubes: bool = False,
+    answer: int = 0,
+) -> Task:
+    """A question about a clip, as the memory plan takes it.
+
+    `size` (width, height) of the clip None is one of the largest that a frame keeps. Raises
+    RequestError for what the model cannot, and ImageError for sides.
+    """
+    config.check_can("chat_video")
+    if frames < 1:
+        raise RequestError(f"frames must be at least 1, got {frames}", param="frames")
+    least, most = frame_bounds(config, frames)
+    side, pieces = config.token_size, frames
+    if tubes:
+        if config.video is None or not config.video.und:
+            raise RequestError(NO_TUBES, param="tubes")
+        pieces = -(-frames // config.video.tube_frames)
+    tokens = max(1, most // side**2)
+    if size is not None:
+        width, height = size
+        bounds = {"min_pixels": least, "max_pixels": most}
+        fitted = fit_size(height, width, multiple=side, **bounds)
+        tokens = fitted[0] * fitted[1] // side**2
+    return Task(
+        kind="chat",
+        references=pieces,
+        reference_tokens=tokens,
+        prompt=PROMPT_TOKENS + pieces * STAMP_TOKENS,
+        think=answer,
+        frames=frames,
+        tubes=tubes,
+    )
 
 
 def _is_user(turn: Any) -> bool:

@@ -258,9 +258,8 @@ def generate_images(
     prefixes = yield from branch_prefixes(request.sampling, request.negative_prompt, names, kept)
     # Denoising reads the exports; text must not wait for the blocks of these sequences.
     yield Release(tuple(names.values()))
-    noise: Tensor = yield Compute(partial(request.start, processor.config))
-    grid = request.grid(processor.config)
-    yield from denoise(noise, grid, request.sampling, prefixes, previews, usage)
+    grid, draw = request.grid(processor.config), partial(request.start, processor.config)
+    yield from denoise(draw, grid, request.sampling, prefixes, previews, usage)
     yield usage.finished(None)
 
 
@@ -315,7 +314,7 @@ def branch_prefixes(
 
 
 def denoise(
-    noise: Tensor,
+    draw: Callable[[], Float[Tensor, "count n ccc"]],
     grid: Grid,
     sampling: ResolvedSampling,
     prefixes: Mapping[Branch, Prefix | str],
@@ -323,11 +322,15 @@ def denoise(
     usage: Usage,
     first: int = 0,
 ) -> Program[list[Tensor]]:
-    """Images [channels, height, width] from `noise` [count, n, token_width].
+    """Images [channels, height, width] from the noise that `draw` returns.
 
     Of clips, whose frames are events, an empty list. Events number from `first`.
     """
+    # The engine alone keeps the noise: that of a clip is large, and the first step replaces it.
+    noise: Tensor = yield Compute(draw)
+    count = len(noise)
     ref: TensorRef = yield PackTensors({"noise": noise})
+    del noise
     steps = preview_steps(sampling.steps, previews)
     answer = yield GenerateImages(new_number(), ref, grid, sampling, prefixes, steps)
     images: dict[int, Tensor] = {}
@@ -335,7 +338,7 @@ def denoise(
     while True:
         if isinstance(answer, FramesReady):
             clips += yield from _frames(answer, grid, usage, first)
-            if clips == noise.shape[0]:
+            if clips == count:
                 return []
             answer = yield NEXT
             continue
@@ -345,7 +348,7 @@ def denoise(
             usage.images += grid.length
             alone = replace(usage, images=grid.length).finished(None)
             yield ImageFinished(first + answer.index, pixels, alone, answer.evaluations)
-            if len(images) == noise.shape[0]:
+            if len(images) == count:
                 return [images[index] for index in sorted(images)]
         else:
             yield Preview(first + answer.index, answer.step, answer.steps, pixels)

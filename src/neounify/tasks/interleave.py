@@ -173,11 +173,10 @@ def interleave(
                 visible = ["cond"]
             width, height = request.sizes[min(index, len(request.sizes) - 1)]
             draw = partial(draw_noise, processor.config, width, height, generator)
-            noise: Tensor = yield Compute(draw)
             side = processor.config.token_size
             grid = Grid.of_pixels(height, width, side)
             (pixels,) = yield from denoise(
-                noise, grid, request.sampling, prefixes, previews, usage, first=index
+                draw, grid, request.sampling, prefixes, previews, usage, first=index
             )
             clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
             (image,) = yield from pack_images([clean], side)

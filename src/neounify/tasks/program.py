@@ -133,6 +133,30 @@ class FramesFinished:
         return self.first + len(self.frames) == self.total
 
 
+class ClipFrames:
+    """The frames of a clip as they come, in one tensor: `frames` [total, height, width, c] uint8.
+
+    What has come before is not copied again, and an event need not be kept.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count = total, 0
+        self.frames: UInt8[Tensor, "total h w c"] | None = None
+
+    def put(self, event: FramesFinished) -> None:
+        """Take the next frames in."""
+        if self.frames is None:
+            self.frames = event.frames.new_empty(self.total, *event.frames.shape[1:])
+        self.frames[event.first : event.first + len(event.frames)] = event.frames
+        self.count += len(event.frames)
+
+    def whole(self) -> UInt8[Tensor, "total h w c"]:
+        """All frames. Raises RuntimeError where some have not come."""
+        if self.frames is None or self.count != self.total:
+            raise RuntimeError(f"{self.total} frames were due, {self.count} came")
+        return self.frames
+
+
 @dataclass(frozen=True)
 class Finished:
     """Last event of every complete answer.

@@ -16,7 +16,7 @@ from neounify.flow.path import initial_noise, noise_scale
 from neounify.image.clips import tube_rows
 from neounify.image.pixels import check_image_tokens, check_size, image_tokens
 from neounify.model.layout import Grid
-from neounify.tasks.clips import ClipPiece, Frames, check_frames, frame_bounds
+from neounify.tasks.clips import NO_TUBES, ClipPiece, Frames, check_frames, frame_bounds
 from neounify.video.clip import read_fps
 
 
@@ -104,10 +104,7 @@ def clip_pieces(
     per_piece = 1
     if tubes:
         if config.video is None or not config.video.und:
-            raise RequestError(
-                "this model has no embedding of tubes: it sees the frames of a video as images",
-                param="video",
-            )
+            raise RequestError(NO_TUBES, param="video")
         per_piece = config.video.tube_frames
     bounds = frame_bounds(config, len(frames))
     return [
