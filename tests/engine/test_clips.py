@@ -26,7 +26,7 @@ from neounify.engine.messages import (
 )
 from neounify.flow.guidance import Guidance
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.image.clips import frame_levels, rows_to_frames
+from neounify.image.clips import cut_levels, frame_levels, rows_to_frames
 from neounify.model import Document, Layout, NeoUnify, Noise
 from neounify.model.layout import Grid
 from neounify.model.parts import GEN
@@ -217,6 +217,11 @@ def clip(call: int, config: ModelConfig, count: int = 1) -> GenerateImages:
     return GenerateImages(call, ref, GRID, sampled(steps=2), prefixes, frozenset({1}))
 
 
+def drain(engine: GenerationEngine) -> None:
+    while engine.busy:
+        engine.step()
+
+
 def test_a_finished_clip_comes_tube_by_tube(model: NeoUnify) -> None:
     """One in each step of the engine, so that no more than one need be in memory."""
     engine = GenerationEngine(model, LocalTransport(), ExecutionPlan(slice_seconds=60))
@@ -248,8 +253,7 @@ def test_a_clip_is_given_up_between_its_tubes(
         engine.step()
     engine.submit(Cancel(1))
     engine.replies = []
-    while engine.busy:
-        engine.step()
+    drain(engine)
     assert {reply.call for reply in engine.replies} == {2}
     answers = [r for r in engine.replies if isinstance(r.answer, FramesReady)]
     assert [r.final for r in answers] == [False] * 7 + [True]
@@ -260,13 +264,32 @@ def test_a_clip_is_given_up_between_its_tubes(
     engine.replies = []
     engine.submit(clip(3, model.config))
     monkeypatch.setattr("neounify.engine.generation.frame_levels", fails)
-    while engine.busy:
-        engine.step()
+    drain(engine)
     assert isinstance(engine.replies[-1].answer, Failed)
     assert engine.replies[-1].final
 
 
 def test_by_row_says_which_norms_look_at_a_whole_image() -> None:
-    made = {norm: Guidance(norm=norm).by_row for norm in ("none", "channel", "global")}  # type: ignore[arg-type]
+    norms: list[Any] = ["none", "channel", "global"]
+    made = {norm: Guidance(norm=norm).by_row for norm in norms}
     assert made == {"none": True, "channel": True, "global": False}
     assert not replace(Guidance(), norm="cfg_zero_star").by_row
+
+
+def test_levels_are_cut_on_request(model: NeoUnify) -> None:
+    """Of clips and images alike; -1, 1 and what lies outside stay where they are."""
+    values = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
+    assert ((cut_levels(values) + 1) / 2 * 255).round().tolist() == [0, 0, 127, 254, 255, 255]
+    cut, plain = (started(model, published_solver=on) for on in (True, False))
+    assert cut.cuts_levels
+    assert not plain.cuts_levels
+    engine = GenerationEngine(model, LocalTransport(), ExecutionPlan(slice_seconds=60))
+    command = clip(1, model.config)
+    engine.submit(replace(command, sampling=sampled(steps=2, published_solver=True)))
+    drain(engine)
+    parts = [r.answer.frames for r in engine.replies if isinstance(r.answer, FramesReady)]
+    frames = torch.cat([part.tensors["frames"] for part in parts])  # type: ignore[attr-defined]
+    end, _ = run(Denoiser(model), started(model, steps=2))
+    pixels = rows_to_frames(end, 2, 3, 16, 4).clamp(-1, 1)
+    levels = ((pixels + 1) / 2 * 255).to(torch.uint8)
+    assert torch.equal(frames, levels.permute(0, 2, 3, 1))

@@ -14,7 +14,7 @@ from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ImageSampling
-from neounify.image.clips import fill_tubes, frame_levels, rows_to_frames, tube_rows
+from neounify.image.clips import cut_levels, fill_tubes, frame_levels, rows_to_frames, tube_rows
 from neounify.image.pixels import normalise_und
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.parts import GEN, UND
@@ -136,6 +136,25 @@ def test_generated_clips(
         assert levels.abs().max() <= 1
 
 
+@pytest.mark.parametrize("group", ["t2i", "t2v"])
+@pytest.mark.parametrize("name", ["tiny-f18", "tiny-f22"])
+def test_levels_are_cut_as_published(name: str, group: str) -> None:
+    """The recorded levels of the recorded ends, exactly; rounded ones are others."""
+    recorded, facts = load_fixture(name, group, FAMILY)
+    compared = 0
+    for case in facts["cases"]:
+        if f"{case}.uint8" not in recorded:
+            continue
+        wanted, end = recorded[f"{case}.uint8"], recorded[f"{case}.final"]
+        height, width = wanted.shape[-3] // 16, wanted.shape[-2] // 16
+        pixels = rows_to_frames(end, height, width, 16, 4 if group == "t2v" else 1)
+        levels = frame_levels(cut_levels(pixels))
+        assert torch.equal(levels.reshape(wanted.shape), wanted)
+        assert not torch.equal(frame_levels(pixels).reshape(wanted.shape), wanted)
+        compared += 1
+    assert compared
+
+
 @pytest.mark.parametrize("kind", ["tubes", "sparse"])
 def test_clips_to_look_at(kind: str, models: dict[str, NeoUnify]) -> None:
     """Prefill of tubes, each with its own embedding and t, and of frames as images."""
@@ -205,6 +224,7 @@ def test_videos_of_a_pipeline(pipe: neounify.Pipeline) -> None:
         seed=facts["seed"],
         fps=facts["cases"]["unipc"]["fps"],
         steps=facts["cases"]["unipc"]["steps"],
+        published_solver=True,
     )
     levels = out.videos[0].frames.int() - recorded["unipc.uint8"].int()
     assert levels.abs().max() <= 1

@@ -354,7 +354,7 @@ def test_questions_about_clips_are_planned_by_frames_and_tubes() -> None:
     tubes = clip_question(PIXELUMM_8B, 95, (832, 480), tubes=True, answer=64)
     assert (tubes.references, tubes.reference_tokens) == (24, 36 * 21)
     assert tubes.think == 64
-    pixels = 2 * 3 * 24 * 36 * 21 * PIXELUMM_8B.tube_width
+    pixels = 2 * 4 * 24 * 36 * 21 * PIXELUMM_8B.tube_width
     rows = (tubes.prefix - 64) * memory_plan.row_bytes(PIXELUMM_8B, "und", 2)
     keys = tubes.prefix * PIXELUMM_8B.kv_bytes(2)
     assert working_bytes(PIXELUMM_8B, tubes, 2) == {"und": rows + keys + pixels}

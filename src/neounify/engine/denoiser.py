@@ -53,7 +53,8 @@ class DenoiseJob:
     A clip moves in pieces of PIECE_BYTES (`runtime.memory_plan`), each with a solver of its own:
     the results are those of one piece, and what the solver works with is no larger. `clean`
     [tokens, token_width] is the guided clean image that the last step predicted, kept for the steps
-    of `previews` alone, where that is not None.
+    of `previews` alone, where that is not None. `cuts_levels`: the levels of the finished pixels
+    are cut (`cut_levels`), not rounded.
     """
 
     z: Tensor
@@ -72,6 +73,7 @@ class DenoiseJob:
     residuals: dict[Branch, Residuals] = field(default_factory=dict)
     places: dict[Branch, int] = field(default_factory=dict)
     previews: frozenset[int] | None = None
+    cuts_levels: bool = False
     clean: Tensor | None = None
     _last_guided: bool | None = None
 
@@ -206,6 +208,7 @@ def make_job(
         solver=make_solver(sampling.solver, published=sampling.published_solver),
         cache=sampling.cache,
         previews=previews,
+        cuts_levels=sampling.published_solver,
     )
 
 

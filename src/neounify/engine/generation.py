@@ -30,7 +30,7 @@ from neounify.engine.messages import (
 )
 from neounify.engine.spread import Spread
 from neounify.errors import EngineDied, not_finite
-from neounify.image.clips import frame_levels
+from neounify.image.clips import cut_levels, frame_levels
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 
@@ -338,8 +338,9 @@ class GenerationEngine:
             frames = self._frames(image.index, job, evaluations)
             self._ending.append(_Ending(image.call, job.grid.tubes, frames))
         else:
-            pixels = self._pack(job, job.z)
-            self._finish(image.call, ImageReady(image.index, pixels, evaluations))
+            pixels = to_pixels(job.z, job.grid, self.model.config)
+            ref = self.transport.pack({"pixels": cut_levels(pixels) if job.cuts_levels else pixels})
+            self._finish(image.call, ImageReady(image.index, ref, evaluations))
 
     def _finish(self, call: int, answer: ImageReady | FramesReady) -> None:
         """Reply with an image, or with the last frames of a clip; the call may end with it."""
@@ -361,6 +362,8 @@ class GenerationEngine:
         """The frames of a finished clip, tube by tube; as levels they take a quarter of z."""
         for number in range(job.grid.tubes):
             frames = tube_frames(job.z, job.grid, number, self.model.config)
+            if job.cuts_levels:
+                frames = cut_levels(frames)
             ref = self.transport.pack({"frames": frame_levels(frames)})
             first, total = number * len(frames), job.grid.tubes * len(frames)
             yield FramesReady(index, first, total, ref, evaluations)

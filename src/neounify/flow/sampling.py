@@ -288,8 +288,8 @@ class ImageSampling:
     published_solver: bool = field(
         default=False,
         metadata=doc(
-            "As in the published code of PixelUMM: dpm2m loses digits in its first step. Changes "
-            "no other solver."
+            "As in the published code of PixelUMM: dpm2m loses digits in its first step, and the "
+            "levels of pixels are cut, not rounded."
         ),
     )
     t_eps: float | None = field(
@@ -438,7 +438,7 @@ class ResolvedSampling:
     solver: SolverName = "euler"
     """ODE solver."""
     published_solver: bool = False
-    """Whether dpm2m rounds as the published code does."""
+    """Whether dpm2m rounds as the published code does, and levels of pixels are cut."""
     t_eps: float | None = None
     """The smallest 1 - t by which a velocity is divided; None: `flow.path.sampling_t_eps`."""
     flow: FlowConfig = field(default_factory=FlowConfig)

@@ -73,6 +73,13 @@ def join_rows(
 
 
 @torch.inference_mode(False)
+def cut_levels(pixels: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels in [-1, 1] moved down to one of 256 levels, as the published code of PixelUMM does."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) / 2 * 255).floor()
+    return levels / 255 * 2 - 1
+
+
+@torch.inference_mode(False)
 def frame_levels(
     frames: Float[Tensor, "frames c height width"],
 ) -> UInt8[Tensor, "frames height width c"]:

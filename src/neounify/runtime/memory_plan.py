@@ -291,10 +291,11 @@ def prefill_bytes(
     keys = branches * task.prefix * config.kv_bytes(itemsize)
     pixels = 0.0
     if task.frames and not task.paints:
-        # All frames as they were prepared; those of a call are cut into rows, and these joined.
-        width = config.tube_width if task.tubes else config.token_width
+        # All frames as they were prepared; those of a call are cut into rows and joined, and those
+        # of tubes copied once more by their product.
+        width, copies = (config.tube_width, 3) if task.tubes else (config.token_width, 2)
         tokens = task.references * task.reference_tokens
-        pixels = (tokens + 2 * min(rows, tokens)) * width * itemsize
+        pixels = (tokens + copies * min(rows, tokens)) * width * itemsize
     return rows * row_bytes(config, "und", itemsize) + keys + pixels
 
 
