@@ -49,13 +49,13 @@ def model() -> NeoUnify:
 
 def caches(config: ModelConfig) -> dict[str, SequenceCache]:
     """Random prefixes of 3 and 5 tokens."""
-    made = {}
+    prefixes = {}
     for branch, length in (("cond", 5), ("uncond", 3)):
         random = torch.Generator().manual_seed(length)
         shape = (config.num_layers, config.num_kv_heads, length, config.head_dim)
         keys, values = (torch.randn(shape, generator=random) for _ in range(2))
-        made[branch] = SequenceCache.holding(keys, values, length)
-    return made
+        prefixes[branch] = SequenceCache.holding(keys, values, length)
+    return prefixes
 
 
 def sampled(**options: Any) -> ResolvedSampling:
@@ -271,8 +271,8 @@ def test_a_clip_is_given_up_between_its_tubes(
 
 def test_by_row_says_which_norms_look_at_a_whole_image() -> None:
     norms: list[Any] = ["none", "channel", "global"]
-    made = {norm: Guidance(norm=norm).by_row for norm in norms}
-    assert made == {"none": True, "channel": True, "global": False}
+    by_norm = {norm: Guidance(norm=norm).by_row for norm in norms}
+    assert by_norm == {"none": True, "channel": True, "global": False}
     assert not replace(Guidance(), norm="cfg_zero_star").by_row
 
 

@@ -16,13 +16,11 @@ from torch import Tensor
 from neounify.attention import AttentionBackend, select_for
 from neounify.attention.gathered import SpreadImageAttention
 from neounify.cache import SequenceCache
-from neounify.config import ModelConfig
 from neounify.engine.graphs import DenoisingGraphs, recordable
 from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
-from neounify.image.clips import join_rows, rows_to_frames
-from neounify.image.pixels import unpatchify
+from neounify.image.clips import join_rows
 from neounify.model.layout import Document, Grid, Layout, Noise, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
@@ -50,11 +48,11 @@ class DenoiseJob:
     layers, it is the number of evaluations of the network. `places` are the ranks that have the
     `residuals` of each branch, in a group.
 
-    A clip moves in pieces of PIECE_BYTES (`runtime.memory_plan`), each with a solver of its own:
-    the results are those of one piece, and what the solver works with is no larger. `clean`
-    [tokens, token_width] is the guided clean image that the last step predicted, kept for the steps
-    of `previews` alone, where that is not None. `cuts_levels`: the levels of the finished pixels
-    are cut (`cut_levels`), not rounded.
+    A clip moves in pieces of PIECE_BYTES (`runtime.memory_plan`), each with its solver: the results
+    are those of one piece, and what the solver works with is no larger. `clean` [tokens,
+    token_width] is the guided clean image that the last step predicted, kept for the steps of
+    `previews` alone, where that is not None. `cuts_levels`: the levels of the finished pixels are
+    cut (`cut_levels`), not rounded.
     """
 
     z: Tensor
@@ -210,27 +208,6 @@ def make_job(
         previews=previews,
         cuts_levels=sampling.published_solver,
     )
-
-
-@torch.inference_mode(False)
-def to_pixels(
-    tokens: Float[Tensor, "n ccc"], grid: Grid, config: ModelConfig
-) -> Float[Tensor, "c h w"]:
-    """The image [channels, height, width] of tokens, float32 on the CPU."""
-    images = tokens.unsqueeze(0)
-    return unpatchify(images, grid.rows, grid.columns, config.token_size, config.channels)[0].cpu()
-
-
-@torch.inference_mode(False)
-def tube_frames(
-    tokens: Float[Tensor, "n fccc"], grid: Grid, number: int, config: ModelConfig
-) -> Float[Tensor, "frames c h w"]:
-    """The frames of one tube of a clip, float32 on the CPU."""
-    assert config.video is not None
-    count = grid.rows * grid.columns
-    tube = tokens[number * count : (number + 1) * count]
-    size, frames = config.token_size, config.video.tube_frames
-    return rows_to_frames(tube, grid.rows, grid.columns, size, frames).float().cpu()
 
 
 # --- many images ---

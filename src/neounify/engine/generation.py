@@ -11,7 +11,7 @@ import torch
 
 from neounify.cache import SequenceCache
 from neounify.distributed.group import ALONE
-from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels, tube_frames
+from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
 from neounify.engine.messages import (
     Cancel,
     FramesReady,
@@ -28,6 +28,7 @@ from neounify.engine.messages import (
     Transport,
     failed,
 )
+from neounify.engine.pixels import to_pixels, tube_frames
 from neounify.engine.spread import Spread
 from neounify.errors import EngineDied, not_finite
 from neounify.image.clips import cut_levels, frame_levels

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels
+from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
+from neounify.engine.pixels import to_pixels
 from neounify.flow.path import noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.sde import GaussianStep, RandomStep, StepKind, StochasticSolver, gaussian_step

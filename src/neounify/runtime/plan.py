@@ -158,7 +158,7 @@ def fitting_branch_rows(config: ModelConfig, itemsize: float, free_bytes: int) -
 
 
 def branches_apart(tokens: int, rows: int, limit: int) -> bool:
-    """Whether each guidance branch of an image of `tokens` tokens has a call of its own.
+    """Whether each guidance branch of an image of `tokens` tokens has a separate call.
 
     The rule of the denoiser and of the memory plan: all branches together, `rows` in one call,
     unless the image has APART_TOKENS or more and the call more than `limit` rows, those that

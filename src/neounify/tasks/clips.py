@@ -30,6 +30,7 @@ class ClipPiece:
     seconds: float
     bounds: tuple[int, int]
 
+
 NO_TUBES = "this model has no embedding of tubes: it sees the frames of a video as images"
 
 
