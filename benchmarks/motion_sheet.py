@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from neounify.image.contact_sheet import contact_sheet
-from neounify.motion.bench.run import strip
+from neounify.image.contact_sheet import contact_sheet, strip
 from neounify.motion.world import (
     MOTION_KINDS,
     motion_caption,

@@ -9,15 +9,8 @@ from PIL import Image as PilImage
 from neounify.config import VideoConfig
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
-from neounify.data.sample import (
-    DataError,
-    Part,
-    Sample,
-    SampleClip,
-    SampleText,
-    Turn,
-    sample_to_record,
-)
+from neounify.data.records import sample_to_record
+from neounify.data.sample import DataError, Part, Sample, SampleClip, SampleText, Turn
 from neounify.model import Image, Noise, Text
 from neounify.text import Message, byte_tokenizer, chat_prompt, image_prompt, unconditional_prompt
 from neounify.text.clips import clip_text
@@ -153,5 +146,5 @@ def test_clips_that_a_model_has_no_tokens_for_are_refused() -> None:
     short = Encoder(config=CONFIG.replace(max_positions=40), tokenizer=TOKENIZER, dropout=KEEP)
     with pytest.raises(DataError, match="positions long, the model has 40"):
         encode("t2v", ask, model(SampleClip(CLIP, "target", fps=0.5)), encoder=short)
-    with pytest.raises(DataError, match="records name images"):
+    with pytest.raises(DataError, match="1 clips, but 0 paths"):
         sample_to_record(Sample("t2v", (ask, model(target))), [])

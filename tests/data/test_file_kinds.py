@@ -307,7 +307,7 @@ def test_captions_of_a_folder(tmp_path: Path) -> None:
         ("k.png", "k.png"),
     ):
         assert words in texts[name]
-    assert source.damage == [f'{tmp_path.name}: 1 texts without an image: "e.txt"']
+    assert source.damage == [f'{tmp_path.name}: 1 texts without an image or clip: "e.txt"']
     assert source.rules.unread == {"width"}
 
 
@@ -349,9 +349,9 @@ def test_rows_of_every_form_with_images_in_cells(tmp_path: Path) -> None:
     ]
     source = ParquetSource(table(tmp_path / "img2dataset.parquet", rows))
     assert (source[0].id, source[0].images[0].pixels().shape) == ("0", (32, 96, 3))
-    with pytest.raises(DataError, match=r"row 2: there is no image .status 'failed_to_download'"):
+    with pytest.raises(DataError, match=r"row 2: there is no image or clip .status 'failed_to_download'"):
         source[1]
-    with pytest.raises(DataError, match="the image in the record"):
+    with pytest.raises(DataError, match="the file in the record"):
         ParquetSource(table(tmp_path / "c.parquet", [{"image": b"no", "text": "x"}]))[0]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from neounify.data.configs import read_data
-from neounify.data.sample import DataError, RecordRules
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlData, JsonlSource
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
@@ -117,7 +118,7 @@ def test_records_of_no_known_form(tmp_path: Path, record: dict[str, Any], words:
     [
         ({"imgae": "a.png"}, 'unknown field "imgae"; did you mean "image"'),
         ({"images": ["a.png"], "image": "b.png"}, 'both "image" and "images"'),
-        ({"videos": ["a.mp4"]}, '"videos": only images and text'),
+        ({"audios": ["a.mp3"]}, '"audios": only text, images and clips'),
         ({"tools": "[]"}, 'unknown field "tools"'),
         ({"width": 64}, 'unknown field "width"; known are'),
         ({"system": 3}, '"system" is int'),
@@ -216,7 +217,7 @@ def test_shards_of_img2dataset(tmp_path: Path, members: dict[str, bytes]) -> Non
     [
         ({"0.jpg": png(), "0.txt": b" \n"}, "caption is empty"),
         ({"0.jpg": png(), "0.json": b'{"url": "u"}'}, "there is no caption"),
-        ({"0.json": META}, "there is no image .status 'success'."),
+        ({"0.json": META}, "there is no image or clip .status 'success'."),
         ({"0.input.jpg": png(), "0.prompt.txt": b"x"}, 'share the name .* "input.jpg"'),
         (
             {"0.jpg": png(), "0.json": json.dumps({"messages": CHAT}).encode()},

@@ -9,7 +9,8 @@ import pytest
 
 from neounify.data.configs import read_data
 from neounify.data.forms import FORMS, KEYS, form_of
-from neounify.data.sample import DataError, RecordRules, Sample, SampleText, sample_from_record
+from neounify.data.records import RecordRules, sample_from_record
+from neounify.data.sample import DataError, Sample, SampleText
 from neounify.data.sources import JsonlSource
 from support.own_data import png, write_lines
 
@@ -106,7 +107,7 @@ def test_earlier_turns_come_first() -> None:
     [
         (ask("a", tools=[{"name": "x"}]), 'unknown field "tools"'),
         (ask("a", rejected_response="no"), 'unknown field "rejected_response"'),
-        (ask("a", videos=["a.mp4"]), '"videos": only images and text'),
+        (ask("a", audios=["a.mp3"]), '"audios": only text, images and clips'),
         (ask("a", objects={"bbox": [[1, 2, 3, 4]]}), 'unknown field "objects"'),
         ({"messages": []}, "not empty"),
         ({"messages": ["a"]}, "is a str"),
@@ -117,13 +118,15 @@ def test_earlier_turns_come_first() -> None:
             'unknown field "messages"',
         ),
         ({**ask("a"), "conversations": ask("b")["messages"]}, "both"),
-        (ask([{"type": "video", "video": "a.mp4"}]), "unknown field|type 'video'"),
-        (ask([{"type": "video"}]), "type 'video'; only text and images"),
+        (ask([{"type": "video", "video": "a.mp4", "fps": 2}]), 'unknown field "fps"'),
+        (ask([{"type": "video"}]), "clip part 1 stands for clip 0 .* lists 0"),
+        (ask([{"type": "video", "video": "a", "path": "b"}]), "more than one clip"),
+        (ask([{"type": "audio"}]), "type 'audio'; only text, images and clips"),
         (ask([IMAGE, TEXT]), "image part 1 stands for image 0 .* lists 0"),
         (ask([{"type": "image", "index": -1}], images=["a"]), "image -1"),
         (ask([{"type": "image", "index": True}], images=["a"]), "image True"),
         (ask([IMAGE, TEXT], images=["a", "b"]), "1 images of the record belong to no part"),
-        (ask([{"type": "text", "text": "<image>"}]), "write an image part"),
+        (ask([{"type": "text", "text": "<image>"}]), "a part of the type .image. there"),
         (ask([{"type": "image", "image": "a", "url": "b"}]), "more than one image"),
         (ask([{"type": "image", "image": {"url": 3}}]), "by a text"),
         (

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from neounify.data.sample import DataError, RecordRules
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from support.own_data import png, write_tar
 

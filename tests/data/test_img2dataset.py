@@ -114,7 +114,7 @@ def test_images_as_text_in_a_record(kind: str, tmp_path: Path) -> None:
         ("data:image/png,AAAA", "no image in base64"),
         ("data:image/png;base64", "no image in base64"),
         ("data:image/png;base64,§", "not base64"),
-        ("data:image/png;base64,AAAA", "the image in the record"),
+        ("data:image/png;base64,AAAA", "the file in the record"),
         ("https://example.org/a.png", "is an address"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from neounify.config.presets import SCENES
-from neounify.data import sources
+from neounify.data import media
 from neounify.data.encode import Encoder
 from neounify.data.loader import MAX_MESSAGE_CHARS, LoaderConfig, load_packs, skipped_sample
 from neounify.data.sample import DataError
@@ -83,7 +83,7 @@ def test_images_of_one_sample_share_a_budget(
     (tmp_path / "a.png").write_bytes(png(32, 32))
     source = JsonlSource(write_lines(tmp_path / "d.jsonl", [text_record("x", image=["a.png"] * 3)]))
     assert len(source[0].images) == 3
-    monkeypatch.setattr(sources, "MAX_SAMPLE_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(media, "MAX_SAMPLE_PIXELS", 2 * 32 * 32)
     with pytest.raises(DataError, match=r"more than 2,048 pixels together"):
         source[0]
 

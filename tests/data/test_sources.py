@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neounify.data.encode import crop_to, nearest_bucket
-from neounify.data.sample import DataError, RecordRules, Sample, SampleImage, SampleText, Turn
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.data.shards import ShardSource
+from neounify.data.sizes import crop_to, nearest_bucket
 from neounify.data.sources import BLOCK, JsonlSource, Mixture, SampleSource
 from neounify.image import TRAINING_BUCKETS
 from neounify.scenes.world import SceneDataset, scene_config

@@ -219,7 +219,7 @@ def test_hostile_profiles_are_harmless(
 
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
-    from neounify.data.sources import read_sample_image
+    from neounify.data.media import read_sample_image
     from neounify.tasks.chat import read_conversation, read_images
 
     path = tmp_path / "photo.PNG"

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from neounify.data.configs import DataConfig
-from neounify.data.sample import Sample, sample_to_record
+from neounify.data.records import sample_to_record
+from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
 
 

@@ -11,6 +11,7 @@ from neounify.video.choice import (
     FrameChoice,
     Timeline,
     at_rate,
+    consecutive,
     dense,
     published,
 )
@@ -52,7 +53,8 @@ def test_the_dense_route_takes_the_recorded_frames() -> None:
 
 def test_training_takes_the_recorded_frames() -> None:
     for case in recorded("train"):
-        assert at_rate(steady(case["frames"], case["fps"]), TRAINING_FPS) == case["indices"], case
+        clip = steady(case["frames"], case["fps"])
+        assert consecutive(clip, TRAINING_FPS) == case["indices"], case
 
 
 def test_frames_of_changing_length_are_taken_by_their_times() -> None:
@@ -95,3 +97,33 @@ def test_no_frames_at_all_are_refused() -> None:
         VideoError, match="max_frames must be a whole number from 1 to 500,000, got 0"
     ):
         FrameChoice(max_frames=0)
+
+
+@pytest.mark.parametrize(("frames", "fps"), [(92, 23), (120, 30), (240, 60), (960, 240)])
+def test_a_clip_to_generate_fills_whole_tubes(frames: int, fps: float) -> None:
+    """The last frames that fill no tube are left out; the published sources have 23 to 60 fps."""
+    chosen = consecutive(steady(frames, fps), 24, multiple=TUBE_FRAMES)
+    assert len(chosen) == min(frames, 96)
+    assert chosen == sorted(set(chosen))
+    assert consecutive(steady(frames - 1, fps), 24, multiple=TUBE_FRAMES)[-1] <= frames - 2
+    assert len(consecutive(steady(frames - 1, fps), 24, multiple=TUBE_FRAMES)) % TUBE_FRAMES == 0
+
+
+def test_a_longer_clip_to_generate_is_refused_or_cut() -> None:
+    for fps in (23.976, 24, 60):
+        clip = steady(round(10 * fps), fps)
+        with pytest.raises(VideoError, match=r"lasts 10\.0 seconds, 24[01] frames at 24 a second"):
+            consecutive(clip, 24)
+        first = consecutive(clip, 24, 96, TUBE_FRAMES, cut=True)
+        assert len(first) == 96
+        assert abs(first[-1] - 95 * fps / 24) <= 1
+
+
+def test_a_clip_to_generate_is_not_shown_too_fast() -> None:
+    for clip in (steady(60, 12), steady(90, 22), Timeline([0, 0.1, 0.2, 0.9, 2.5, 4.0], 5.0)):
+        with pytest.raises(VideoError, match=r"frames a second, and 24 are taken"):
+            consecutive(clip, 24)
+    with pytest.raises(VideoError, match="has 3 frames at 24 a second, fewer than the 4 of a tube"):
+        consecutive(steady(3, 24), 24, multiple=TUBE_FRAMES)
+    with pytest.raises(VideoError, match="consecutive frames need fps"):
+        FrameChoice(multiple=4)

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from neounify.data.configs import FileData
     from neounify.data.encode import Encoder
     from neounify.data.preview import Piece, Preview, Shown
+    from neounify.data.sizes import Pixels
     from neounify.data.sources import FileSource
 
-DATA = "Data"
+DATA, CLIPS = "Data", "Clips"
+READING = ("fps", "max_frames", "tubes", "target_fps", "target_frames")
+"""Settings of `clips` in a recipe."""
 MAX_MESSAGES = 10
 """Skipped samples that the terminal shows."""
 MAX_TEXT = 400
@@ -46,13 +49,29 @@ class SourceOptions:
     ] = None
     task: Annotated[str | None, option(DATA, "TASK", "Task of all records.")] = None
     images: Annotated[
-        Path | None, option(DATA, "FOLDER", "Folder that paths of images are relative to.")
+        Path | None, option(DATA, "FOLDER", "Folder that paths of images and clips start at.")
     ] = None
     ignore: Annotated[
         list[str] | None, option(DATA, "FIELD", "Field that is not to be read; repeatable.")
     ] = None
     dataset: Annotated[
         str | None, option(DATA, "NAME", "Data set of a dataset_info.json of LLaMA-Factory.")
+    ] = None
+    fps: Annotated[
+        float | None,
+        option(CLIPS, "N", "Frames of a second that are looked at. Default: the model's."),
+    ] = None
+    max_frames: Annotated[
+        int | None, option(CLIPS, "N", "Maximum frames of a clip that are looked at.", min=1)
+    ] = None
+    tubes: Annotated[
+        bool, option(CLIPS, None, "Look at clips in tubes of several frames.", "--tubes")
+    ] = False
+    target_fps: Annotated[
+        float | None, option(CLIPS, "N", "Frames of a second of clips to generate.")
+    ] = None
+    target_frames: Annotated[
+        int | None, option(CLIPS, "N", "First frames of longer clips to generate.", min=1)
     ] = None
     tokens_per_pack: Annotated[
         int | None,
@@ -130,6 +149,7 @@ def _settings(path: Path, source: SourceOptions) -> Any:
             value = getattr(source, name)
             if value:
                 values[name] = list(value) if name == "ignore" else str(value)
+        values["clips"] = {n: getattr(source, n) for n in READING if getattr(source, n)}
         return read_data(values)
     except ValueError as error:
         if isinstance(error, CliError):
@@ -203,6 +223,10 @@ def _recipe(settings: FileData) -> str:
     values |= {"task": settings.task}
     values |= {name: getattr(settings, name, None) for name in ("images", "dataset")}
     pairs = [f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in values.items() if v]
+    clips = {name: value for name in READING if (value := getattr(settings.clips, name))}
+    if clips:
+        inner = ", ".join(f"{name} = {json.dumps(value)}" for name, value in clips.items())
+        pairs.append(f"clips = {{ {inner} }}")
     if settings.ignore:
         pairs.append(f"ignore = {json.dumps(list(settings.ignore), ensure_ascii=False)}")
     return f"{{ {', '.join(pairs)} }}"
@@ -225,8 +249,7 @@ def _print(display: Display, facts: list[tuple[str, str]], result: Preview) -> N
 
 def _piece_text(piece: Piece) -> str:
     if piece.pixels is not None:
-        height, width = piece.pixels.shape[:2]
-        text = f"[image {width}x{height}, {piece.tokens} tokens]"
+        text = f"[{'clip' if piece.frames else 'image'} {piece.about}]"
     else:
         text = piece.text
         if len(text) > MAX_TEXT:
@@ -261,15 +284,17 @@ def _shown(shown: Shown) -> dict[str, Any]:
         {
             "tokens": piece.tokens,
             "loss": piece.loss,
-            **(
-                {"text": piece.text}
-                if piece.pixels is None
-                else {"image": [piece.pixels.shape[1], piece.pixels.shape[0]]}
-            ),
+            **({"text": piece.text} if piece.pixels is None else _size(piece.pixels)),
         }
         for piece in shown.pieces
     ]
     return {"location": shown.location, "task": shown.task, "pieces": pieces}
+
+
+def _size(pixels: Pixels) -> dict[str, Any]:
+    """Width and height of an image or clip, and its frames."""
+    *frames, height, width, _ = pixels.shape
+    return {"clip": [width, height], "frames": frames[0]} if frames else {"image": [width, height]}
 
 
 COMMANDS = {"inspect": inspect}

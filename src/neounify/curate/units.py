@@ -191,6 +191,8 @@ def _item(source: FileSource, index: int, max_bytes: int) -> Item:
     except DataError as error:
         return Item(location, None, error=writable(str(error)))
     sample = replace(unread.sample, id=writable(unread.sample.id))
+    if sample.clips:
+        return Item(location, None, error="it has a clip, and only images and texts are curated")
     contents: list[bytes | str] = []
     for image in sample.images:
         assert isinstance(image.image, Path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from neounify.config.ranges import STRICT, Fraction, Positive, check_names, read_kind
 from neounify.data.forms import FORMS
-from neounify.data.sample import TASK_ALIASES, TASKS, DataError, RecordRules
+from neounify.data.records import TASK_ALIASES, RecordRules
+from neounify.data.sample import TASKS, ClipReading, DataError
 
 if TYPE_CHECKING:
     from neounify.data.sources import SampleSource
@@ -71,15 +73,17 @@ class FileData(DataConfig):
     """Files of samples.
 
     `task` overrides what the records say; `form` is the only form that they may have, by default
-    each record's fields tell; `ignore` names fields of records that are not to be read;
-    `colour_profiles = false` takes all pixels for sRGB, as the published code does. Above a share
-    of `max_skipped` of the samples that cannot be used, training ends with an error.
+    each record's fields tell; `ignore` names fields of records that are not to be read; `clips`
+    says which frames of video files are read; `colour_profiles = false` takes all pixels for sRGB,
+    as the published code does. Above a share of `max_skipped` of the samples that cannot be used,
+    training ends with an error.
     """
 
     path: str = ""
     task: str | None = None
     form: str | None = None
     ignore: tuple[str, ...] = ()
+    clips: ClipReading = field(default_factory=ClipReading)
     colour_profiles: bool = True
     max_skipped: Fraction = 1.0
 
@@ -97,12 +101,12 @@ class FileData(DataConfig):
     @property
     def rules(self) -> RecordRules:
         """Rules for the records of one source."""
-        return RecordRules(task=self.task, form=self.form, ignored=self.ignore)
+        return RecordRules(task=self.task, form=self.form, ignored=self.ignore, clips=self.clips)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RecordData(FileData):
-    """Files of records that name files of images.
+    """Files of records that name files of images and clips.
 
     Their paths are relative to `images` and must stay below it, by default the folder of each file
     of records.

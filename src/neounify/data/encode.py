@@ -10,55 +10,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PilImage
 from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
-from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
+from neounify.data.clips import read_clips, tube_frames
+from neounify.data.sample import (
+    ClipFile,
+    DataError,
+    Sample,
+    SampleClip,
+    SampleImage,
+    SampleText,
+    Turn,
+)
+from neounify.data.sizes import Pixels, crop_to, nearest_bucket, resized
 from neounify.image.pixels import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
+from neounify.tasks.clips import frame_bounds
 from neounify.text.clips import time_stamp
 from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer
 from neounify.text.tokens import IM_END, IM_START, THINK_CLOSE, THINK_OPEN
 
-
-def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (width, height) whose shape is nearest by the ratio of ratios; of equals, by area."""
-    if not buckets:
-        raise ValueError("there are no buckets to choose from")
-
-    def distance(bucket: tuple[int, int]) -> tuple[float, float]:
-        shape = abs(math.log(bucket[0] / bucket[1] * height / width))
-        area = abs(math.log(bucket[0] * bucket[1] / (width * height)))
-        return round(shape, 9), area
-
-    return min(buckets, key=distance)
-
-
-def crop_to(image: PilImage.Image, size: tuple[int, int]) -> PilImage.Image:
-    """Scale an image to cover `size` = (width, height), bicubic, and crop the centre."""
-    width, height = size
-    scale = max(width / image.width, height / image.height)
-    # The visible part of the original, in its pixels.
-    box_width, box_height = width / scale, height / scale
-    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
-    return image.resize(size, PilImage.Resampling.BICUBIC, box=box)
-
-
 GENERATION_TASKS = ("t2i", "t2i_think", "edit", "edit_think", "t2v", "next_frames")
 """Tasks whose answer is one image or clip; inference inserts `<img>`, so it carries no loss."""
 
 Drop = Literal["none", "text", "all"]
-Pixels = NDArray[np.uint8]
 
 _THINK_MARKS = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
 
@@ -141,9 +124,20 @@ class Encoder:
                     f"got {width}x{height}"
                 )
 
+    @property
+    def _target_area(self) -> int:
+        """Largest area of a target in pixels."""
+        if self.target_buckets:
+            return max(width * height for width, height in self.target_buckets)
+        return self.target_pixels[1] if self.target_pixels else self.config.sampling.edit_max_pixels
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Encoded:
-        """Encode one sample; `rng` draws the guidance dropout. Raises DataError."""
+        """Encode one sample, after its clips are read; `rng` draws the guidance dropout.
+
+        Raises DataError.
+        """
         drop = self.dropout.draw(rng)
+        sample = read_clips(sample, self.config, self._target_area)
         has_target = any(part.role == "target" for part in _pictured(sample))
         writer = _Writer(self, sample)
         if has_target and drop != "none":
@@ -157,7 +151,7 @@ class Encoder:
 def _pictured(sample: Sample) -> list[SampleImage | SampleClip]:
     """The images and clips of a sample, in order."""
     parts = [part for turn in sample.turns for part in turn.parts]
-    return [part for part in parts if not isinstance(part, SampleText)]
+    return [part for part in parts if isinstance(part, SampleImage | SampleClip)]
 
 
 class _Writer:
@@ -189,14 +183,26 @@ class _Writer:
             self._system("".join(p.text for p in turn.parts if isinstance(p, SampleText)))
         elif turn.role == "user":
             self._open("user")
+            self._check_prompt(turn)
             for part in turn.parts:
                 if isinstance(part, SampleText):
                     self._text(part.text, loss=False)
-                else:
+                elif not isinstance(part, ClipFile):  # its frames have been read
                     self._input(part)
             self._close(loss=False)
         else:
             self._answer(turn)
+
+    def _check_prompt(self, turn: Turn) -> None:
+        """Raise DataError for a prompt that is too long at inference."""
+        most = self.template.max_prompt_tokens
+        if most is None or self.sample.task not in GENERATION_TASKS:
+            return
+        tokens = len(self.tokenizer.encode(turn.value))
+        if tokens > most:
+            raise DataError(
+                f"the prompt has {tokens:,} tokens, this model reads {most:,} at most; shorten it"
+            )
 
     def _answer(self, turn: Turn) -> None:
         self._open("assistant")
@@ -210,7 +216,7 @@ class _Writer:
         for part in turn.parts:
             if isinstance(part, SampleText):
                 self._answer_text(part)
-            else:
+            elif not isinstance(part, ClipFile):
                 self._target(part)
         if self.sample.task not in GENERATION_TASKS:
             self._close(loss=any(part.loss for part in turn.parts))
@@ -333,21 +339,20 @@ class _Writer:
         several = len(self.sample.images) > 1 and self.sample.task not in GENERATION_TASKS
         if several and self.template.numbered:
             self._text(self.template.numbered.format(self._shown_images), loss=False)
-        self._shown(_resized(pixels, size))
+        self._shown(resized(pixels, size))
 
     def _input_clip(self, part: SampleClip) -> None:
         """A clip to look at: the time of each tube or frame, and its tokens."""
-        per_tube = self._tube_frames(und=True) if part.tubes else 1
-        video, frames = self.encoder.config.sampling.video, part.pixels()
-        largest = min(video.frame_max_pixels, video.max_total_pixels // len(frames))
-        bounds = self.encoder.input_pixels or (min(video.frame_min_pixels, largest), largest)
+        per_tube = tube_frames(self.encoder.config, und=True) if part.tubes else 1
+        frames = part.pixels()
+        bounds = self.encoder.input_pixels or frame_bounds(self.encoder.config, len(frames))
         size = self._fit(frames[0], bounds)
         self._reserve_image(size, math.ceil(len(frames) / per_tube), "input_pixels")
-        shown = np.stack([_resized(frame, size) for frame in frames])
+        shown = np.stack([resized(frame, size) for frame in frames])
         missing = -len(shown) % per_tube
         shown = np.concatenate([shown, np.repeat(shown[-1:], missing, axis=0)])
         for first in range(0, len(shown), per_tube):
-            self._text(time_stamp(first / part.fps), loss=False)
+            self._text(time_stamp(part.seconds(first)), loss=False)
             self._shown(shown[first : first + per_tube] if part.tubes else shown[first])
 
     def _shown(self, pixels: Pixels) -> None:
@@ -360,14 +365,6 @@ class _Writer:
         """What inference writes between an answer's head and its image."""
         for name in self.template.paint_open:
             self._special(name, loss=False)
-
-    def _tube_frames(self, *, und: bool = False) -> int:
-        """Frames of a tube. DataError for a model without an embedding of tubes."""
-        video = self.encoder.config.video
-        if video is None or (und and not video.und):
-            what = "to look at in tubes: show it as images (tubes=False)" if und else "to generate"
-            raise DataError(f"the model has no embedding of tubes, and the sample a clip {what}")
-        return video.tube_frames
 
     def _target(self, part: SampleImage | SampleClip, *, loss: bool = True) -> None:
         """A target image or clip: noisy blocks, and of an image a clean copy for what follows.
@@ -419,7 +416,7 @@ class _Writer:
         pixels, encoder = part.pixels(), self.encoder
         frames = list(pixels) if isinstance(part, SampleClip) else [pixels]
         if isinstance(part, SampleClip):
-            per_tube = self._tube_frames()
+            per_tube = tube_frames(self.encoder.config)
             if len(frames) % per_tube:
                 raise DataError(
                     f"a clip to generate has {len(frames)} frames, not a multiple of {per_tube}"
@@ -437,7 +434,7 @@ class _Writer:
             bounds = encoder.target_pixels or (sampling.edit_min_pixels, sampling.edit_max_pixels)
             size = self._fit(frames[0], bounds)
             self._reserve_image(size, copies, "target_pixels")
-            sized = [_resized(one, size) for one in frames]
+            sized = [resized(one, size) for one in frames]
         return np.stack(sized) if isinstance(part, SampleClip) else sized[0]
 
     def _reserve_image(self, size: tuple[int, int], copies: int, setting: str) -> None:
@@ -481,11 +478,3 @@ class _Writer:
             tuple(self.images),
             tuple(self.targets),
         )
-
-
-def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """An image of `size` = (height, width), bicubic."""
-    if size == pixels.shape[:2]:
-        return pixels
-    image = PilImage.fromarray(pixels)
-    return np.asarray(image.resize((size[1], size[0]), PilImage.Resampling.BICUBIC))

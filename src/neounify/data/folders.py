@@ -1,7 +1,7 @@
-"""Folders of images, each with its caption in a text file of the same name.
+"""Folders of images and clips, each with its caption in a text file of the same name.
 
 `a.png` with `a.txt`, `a.caption`, or with an `a.json` that holds a "caption" (img2dataset), in any
-folder below; with `images = FOLDER`, the texts have the same paths below their own folder. Images
+folder below; with `images = FOLDER`, the texts have the same paths below their own folder. Those
 of a folder without texts take the captions of img2dataset's table beside it, `FOLDER.parquet`.
 """
 
@@ -17,11 +17,13 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
-from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, named, recognise
+from neounify.data.formats import CAPTION_ENDINGS, MEDIA_ENDINGS, named, recognise
 from neounify.data.forms.captions import caption_sample
+from neounify.data.media import Unread, file_inside, files_in
 from neounify.data.parquet import captions_by_key
-from neounify.data.sample import DataError, parse_record
-from neounify.data.sources import RecordSource, Unread, file_inside, files_in
+from neounify.data.records import parse_record
+from neounify.data.sample import DataError
+from neounify.data.sources import RecordSource
 from neounify.files import read_bytes
 
 MAX_CAPTION_BYTES = 2**20
@@ -32,7 +34,7 @@ _TEXTS = (*CAPTION_ENDINGS, ".json")
 
 @config_dataclass(frozen=True, kw_only=True, config=STRICT)
 class CaptionData(RecordData):
-    """`kind = "captions"`: a folder of images and text files of the same names."""
+    """`kind = "captions"`: a folder of images or clips and text files of the same names."""
 
     kind: Literal["captions"] = "captions"
 
@@ -41,7 +43,7 @@ class CaptionData(RecordData):
 
 
 class CaptionFolder(RecordSource):
-    """Images below a folder in order of their paths, each the target of its caption.
+    """Images and clips below a folder in order of their paths, each the target of its caption.
 
     An image without a caption is a damaged sample; texts without an image are listed in `damage`.
     Hidden files are left out, and links that lead outside are refused. Raises DataError for a
@@ -54,8 +56,8 @@ class CaptionFolder(RecordSource):
             what = recognise(path).but_for("captions") if path.is_file() else "is not there"
             raise DataError(f"the data {path} {what or 'is not a folder'}")
         texts = _by_stem(_names_below(path, _TEXTS))
-        self._images = _names_below(self.image_folder, IMAGE_ENDINGS)
-        stems = [_stem(name) for name in self._images]
+        self._media = _names_below(self.image_folder, MEDIA_ENDINGS)
+        stems = [_stem(name) for name in self._media]
         taken: dict[str, int] = {}
         for stem in stems:
             taken[stem] = taken.get(stem, 0) + 1
@@ -63,31 +65,31 @@ class CaptionFolder(RecordSource):
         self._shared = {stem for stem, count in taken.items() if count > 1}
         self._captions = self._from_tables(stems)
         if not any(self._texts) and not self._captions:
-            what = recognise(path).but_for("captions") or "has no text beside an image"
+            what = recognise(path).but_for("captions") or "has no text beside an image or clip"
             raise DataError(f"the data {path} {what}")
         # A .json that belongs to no image may be a list of something else.
         alone = [t for stem, names in texts.items() if stem not in taken for t in names]
         alone = [name for name in alone if not name.lower().endswith(".json")]
         if alone:
-            what = f"{len(alone):,} texts without an image: {named(alone)}"
+            what = f"{len(alone):,} texts without an image or clip: {named(alone)}"
             self.damage.append(f"{self.name}: {what}")
 
     @property
     def size(self) -> int:
-        return len(self._images)
+        return len(self._media)
 
     def location(self, index: int) -> str:
         """The image of a sample, from the folder on."""
-        return self._images[index]
+        return self._media[index]
 
     def _unread(self, index: int) -> Unread:
-        image, texts = self._images[index], self._texts[index]
+        image, texts = self._media[index], self._texts[index]
         stem = _stem(image)
         if not texts and stem not in self._captions:
             endings = ", ".join(CAPTION_ENDINGS)
             raise DataError(f"no caption: a file of the same name with {endings} is expected")
         if stem in self._shared:
-            raise DataError("other images have the same name but for the ending, and one caption")
+            raise DataError("other files have the same name but for the ending, and one caption")
         plain = [name for name in texts if not name.lower().endswith(".json")]
         if len(plain) > 1:
             raise DataError(f"two captions: {named(plain)}")

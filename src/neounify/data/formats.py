@@ -16,6 +16,9 @@ MAX_NAMED = 6
 
 _IMAGES = "png jpg jpeg jfif webp gif bmp tif tiff ppm avif heic heif"
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _IMAGES.split())
+VIDEO_ENDINGS = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"))
+"""Of clips; a GIF is an image, of which the first frame is read."""
+MEDIA_ENDINGS = IMAGE_ENDINGS | VIDEO_ENDINGS
 CAPTION_ENDINGS = (".txt", ".caption")
 
 RECORD = (
@@ -45,7 +48,7 @@ NAMES = {
     "csv": "a table (CSV or TSV)",
     "parquet": "a Parquet table",
     "shards": "a tar archive",
-    "captions": "images with captions",
+    "captions": "images or clips with captions",
     "llama_factory": "data that a dataset_info.json of LLaMA-Factory describes",
 }
 """Kinds of data in files, in words."""
@@ -113,22 +116,22 @@ def kind_of_folder(path: Path) -> Recognised:
         if _is_data(file, path):
             ending = file.suffix.lower()
             endings[ending] = endings.get(ending, 0) + 1
-    images = sum(endings.get(ending, 0) for ending in IMAGE_ENDINGS)
-    captioned = images and any(ending in endings for ending in CAPTION_ENDINGS)
+    media = sum(endings.get(ending, 0) for ending in MEDIA_ENDINGS)
+    captioned = media and any(ending in endings for ending in CAPTION_ENDINGS)
     # img2dataset writes a table beside each folder of images.
     captioned = captioned or (
-        images and any(table.with_suffix("").is_dir() for table in path.glob("*.parquet"))
+        media and any(table.with_suffix("").is_dir() for table in path.glob("*.parquet"))
     )
     for ending, kind in _KIND_OF_ENDING:
         if ending in endings and not (captioned and kind in ("json", "parquet")):
             return Recognised(kind, is_folder=True)
     if captioned:
         return Recognised("captions", is_folder=True)
-    if images:
+    if media:
         return Recognised(
             None,
-            "holds images, but neither records that name them nor texts of the same names; a "
-            f"metadata.jsonl has lines such as {CAPTION_RECORD}",
+            "holds images or clips, but neither records that name them nor texts of the same "
+            f"names; a metadata.jsonl has lines such as {CAPTION_RECORD}",
         )
     for ending, advice in (
         (".gz", "decompress them first (gunzip)"),
@@ -174,6 +177,11 @@ def _is_data(file: Path, folder: Path) -> bool:
 def is_tar(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a POSIX or GNU tar archive."""
     return head[257:262] == b"ustar"
+
+
+def has_ending(name: str, endings: frozenset[str]) -> bool:
+    """Whether a file's name has one of some endings, in any case."""
+    return f".{name.rpartition('.')[2].lower()}" in endings
 
 
 def named(names: Iterable[str]) -> str:

@@ -25,9 +25,11 @@ from neounify.data.configs import RecordData
 from neounify.data.formats import DESCRIPTION, named, recognise
 from neounify.data.forms import Fields, has_value
 from neounify.data.forms.captions import MAX_UNREAD
+from neounify.data.media import file_inside
 from neounify.data.parquet import ParquetSource
-from neounify.data.sample import DataError, RecordRules
-from neounify.data.sources import JsonlSource, RecordSource, file_inside
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError
+from neounify.data.sources import JsonlSource, RecordSource
 from neounify.data.tables import CsvSource
 from neounify.files import parse_json_object, read_bytes
 

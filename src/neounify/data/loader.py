@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
+from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.packing import Drawn, cost_of, fill_packs
 from neounify.data.reasons import reason_of
 from neounify.data.sample import TASKS, DataError, Sample
+from neounify.data.sizes import Pixels
 from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
 from neounify.model.layout import Layout

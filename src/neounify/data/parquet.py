@@ -19,8 +19,9 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
+from neounify.data.media import Blobs, Unread
 from neounify.data.sample import DataError
-from neounify.data.sources import GROUPS_TOGETHER, Blobs, RecordSource, Unread, data_files
+from neounify.data.sources import GROUPS_TOGETHER, RecordSource, data_files
 from neounify.errors import missing_extra
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from itertools import groupby
 
 import numpy as np
 
-from neounify.data.encode import Encoded, Encoder, Pixels
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.loader import Skipped, skipped_sample, spread
+from neounify.data.sizes import Pixels
 from neounify.data.sources import FileSource, Mixture
 from neounify.model.layout import Image, Text
 from neounify.text.tokenizer import Tokenizer
@@ -18,16 +19,29 @@ from neounify.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Consecutive tokens of one kind: text, an input image, or an image to generate.
+    """Consecutive tokens of one kind: text, or an image or clip to look at or to generate.
 
     `loss`: whether the model must predict them. `pixels` of an image are those of its size in
-    training, uint8 [height, width, 3].
+    training, uint8 [height, width, 3]; of a tube or clip with frames in front.
     """
 
     tokens: int
     loss: bool
     text: str = ""
     pixels: Pixels | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames of a tube or clip; 0 for text and images."""
+        return len(self.pixels) if self.pixels is not None and self.pixels.ndim == 4 else 0
+
+    @property
+    def about(self) -> str:
+        """Size of an image or clip, in words."""
+        assert self.pixels is not None
+        height, width = self.pixels.shape[-3:-1]
+        frames = f", {self.frames} frames" if self.frames else ""
+        return f"{width}x{height}{frames}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +121,7 @@ def pieces_of(encoded: Encoded, tokenizer: Tokenizer) -> Iterator[Piece]:
                 yield Piece(len(numbers), loss, text=text)
             row += span.length
         elif isinstance(span, Image):
-            yield Piece(span.length, False, pixels=_still(next(images)))
+            yield Piece(span.length, False, pixels=next(images))
             row += span.length
         else:
-            yield Piece(span.length, True, pixels=_still(next(targets)))
-
-
-def _still(pixels: Pixels) -> Pixels:
-    """An image, or the frame in the middle of a tube or clip."""
-    return pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
+            yield Piece(span.length, True, pixels=next(targets))

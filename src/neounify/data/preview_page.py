@@ -1,4 +1,4 @@
-"""Page of a preview: samples with their images and marks of loss, in one HTML file."""
+"""Page of a preview: samples with their images, clips and marks of loss, in one HTML file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from html import escape
 
 from PIL import Image
 
-from neounify.data.encode import Pixels
 from neounify.data.preview import Piece, Preview, Shown
+from neounify.data.sizes import Pixels
+from neounify.image.contact_sheet import strip
 
 MAX_SIDE = 384
-"""Longer side of an image on the page, in pixels."""
+"""Longer side of an image or frame on the page, in pixels."""
+STRIP_WIDTH = 960
+"""Width of the frames of a clip side by side, at most."""
 MAX_MESSAGES = 50
 
 STYLE = """
@@ -60,15 +63,14 @@ def _piece(piece: Piece) -> str:
     if piece.pixels is None:
         text = escape(piece.text)
         return f"<mark>{text}</mark>" if piece.loss else text
-    height, width = piece.pixels.shape[:2]
     kind, what = (" class=loss", "to generate") if piece.loss else ("", "input")
-    caption = f"{width}x{height}, {piece.tokens:,} tokens, {what}"
-    return f"<figure{kind}>{_image(piece.pixels)}<figcaption>{caption}</figcaption></figure>"
+    image = _image(strip(piece.pixels), STRIP_WIDTH) if piece.frames else _image(piece.pixels)
+    return f"<figure{kind}>{image}<figcaption>{piece.about}, {what}</figcaption></figure>"
 
 
-def _image(pixels: Pixels) -> str:
+def _image(pixels: Pixels, width: int = MAX_SIDE) -> str:
     image = Image.fromarray(pixels)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    image.thumbnail((width, MAX_SIDE))
     file = io.BytesIO()
     image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

@@ -5,10 +5,11 @@ lie. The `webdataset` library streams shards instead: a position in a stream, wi
 buffer, cannot be resumed exactly, and that is what training here promises.
 
 The files of a sample share the name up to the first dot: `KEY.json` with a record of the published
-schema, or an image with its caption (`KEY.jpg` with `KEY.txt`, `KEY.caption`, or a `KEY.json` that
-holds a "caption") that is its target. Images without a text take the captions of img2dataset's
-table beside the shard, `SHARD.parquet`. "image" of a record names files of the shard: siblings by
-their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their path in the shard.
+schema, or an image or clip with its caption (`KEY.jpg` or `KEY.mp4` with `KEY.txt`, `KEY.caption`,
+or a `KEY.json` that holds a "caption") that is its target. Those without a text take the captions
+of img2dataset's table beside the shard, `SHARD.parquet`. "image" and "video" of a record name files
+of the shard: siblings by their whole name or what follows the key (`KEY.0.png`, `0.png`), others by
+their path in the shard.
 """
 
 from __future__ import annotations
@@ -28,21 +29,19 @@ from neounify.config.ranges import STRICT
 from neounify.data.configs import FileData
 from neounify.data.formats import (
     CAPTION_ENDINGS,
-    IMAGE_ENDINGS,
+    MEDIA_ENDINGS,
+    VIDEO_ENDINGS,
     files_below,
+    has_ending,
     named,
     recognise,
 )
 from neounify.data.forms.captions import caption_sample
+from neounify.data.media import IN_RECORD, Blobs, Unread
 from neounify.data.parquet import captions_by_key
-from neounify.data.sample import (
-    DataError,
-    RecordRules,
-    Sample,
-    parse_record,
-    sample_from_record,
-)
-from neounify.data.sources import Blobs, FileSource, Unread
+from neounify.data.records import RecordRules, parse_record, sample_from_record
+from neounify.data.sample import DataError, Sample
+from neounify.data.sources import FileSource
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_MEMBERS = 1_000_000
@@ -67,20 +66,22 @@ class _Entry:
     members: dict[str, Member]
 
     @property
-    def image(self) -> str | None:
-        """The ending of its image: KEY.jpg before others such as KEY.depth.png."""
-        images = [ending for ending in self.members if _is_image(ending)]
-        return min(images, key=lambda ending: "." in ending, default=None)
+    def target(self) -> str | None:
+        """The ending of its clip or image: KEY.jpg before others such as KEY.depth.png."""
+        media = [ending for ending in self.members if _is_medium(ending)]
+        # Of a clip and a still of it, the clip.
+        media.sort(key=lambda ending: ("." in ending, not has_ending(ending, VIDEO_ENDINGS)))
+        return media[0] if media else None
 
     @property
     def has_text(self) -> bool:
-        """Whether it has a text beside the image."""
+        """Whether it has a text beside the image or clip."""
         return any(ending[1:] in self.members for ending in CAPTION_ENDINGS)
 
     @property
     def is_sample(self) -> bool:
-        """Whether it has files other than images."""
-        return not all(_is_image(ending) for ending in self.members)
+        """Whether it has files other than images and clips."""
+        return not all(_is_medium(ending) for ending in self.members)
 
 
 @config_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,8 +102,8 @@ class ShardData(FileData):
 class ShardSource(FileSource):
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    An image with a caption is always a target. Raises DataError when the shards hold no sample at
-    all.
+    An image or clip with a caption is always a target. Raises DataError when the shards hold no
+    sample at all.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class ShardSource(FileSource):
         self.name = name or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
         self.damage = []
         self._entries: list[_Entry] = []
-        self._images: dict[Path, dict[tuple[str, str], Member]] = {}
+        self._media: dict[Path, dict[tuple[str, str], Member]] = {}
         self._captions: dict[tuple[Path, str], str] = {}
         self.shards, self.files = tuple(paths), list(paths)
         for path in paths:
@@ -131,9 +132,9 @@ class ShardSource(FileSource):
         entries = _index(path, self.damage)
         self._add_captions(path, entries)
         if any("json" in entry.members for entry in entries):
-            # Images without a record may be named by records, by their path in the shard.
+            # Images and clips without a record may be named by records, by their path in the shard.
             alone = [entry for entry in entries if not self._is_sample(entry)]
-            self._images[path] = {
+            self._media[path] = {
                 (entry.key, ending): member
                 for entry in alone
                 for ending, member in entry.members.items()
@@ -146,7 +147,7 @@ class ShardSource(FileSource):
 
     def _add_captions(self, path: Path, entries: Sequence[_Entry]) -> None:
         """Captions of images without a text, from the table that img2dataset writes beside."""
-        bare = [entry for entry in entries if entry.image and not entry.has_text]
+        bare = [entry for entry in entries if entry.target and not entry.has_text]
         table = path.with_suffix(".parquet")
         if not bare or not table.is_file():
             return
@@ -172,23 +173,23 @@ class ShardSource(FileSource):
         entry = self._entries[index]
         record = parse_record(_bytes(entry, "json")) if "json" in entry.members else None
         blobs: Blobs = {}
-        if record is None or (_is_metadata(record) and entry.image is not None):
+        if record is None or (_is_metadata(record) and entry.target is not None):
             caption = self._captions.get((entry.shard, entry.key))
             sample = _caption_pair(entry, record, caption, self.rules)
         else:
             sample = sample_from_record(record, Path(), self.rules, blobs)
         name = sample.id or f"{entry.shard.stem}-{entry.key}"
-        return Unread(replace(sample, id=name), partial(self._image, entry, blobs))
+        return Unread(replace(sample, id=name), partial(self._content, entry, blobs))
 
-    def _image(self, entry: _Entry, blobs: Blobs, path: Path) -> tuple[bytes, str]:
+    def _content(self, entry: _Entry, blobs: Blobs, path: Path) -> tuple[bytes, str]:
         if path.name in blobs:
-            return blobs[path.name], "the image in the record"
-        name, member = self._find_image(entry, path)
+            return blobs[path.name], IN_RECORD
+        name, member = self._find(entry, path)
         return _content(entry.shard, name, member), name
 
-    def _find_image(self, entry: _Entry, path: Path) -> tuple[str, Member]:
+    def _find(self, entry: _Entry, path: Path) -> tuple[str, Member]:
         """The file a record names: by its path in the shard, or a sibling by its ending."""
-        others = self._images.get(entry.shard, {})
+        others = self._media.get(entry.shard, {})
         inside = PurePosixPath(path.as_posix())
         for full in (inside, PurePosixPath(entry.key).parent / inside):
             if _split(full) in others:
@@ -196,9 +197,9 @@ class ShardSource(FileSource):
         for ending in (path.name.lower(), _split(inside)[1]):
             if ending in entry.members:
                 return f"{entry.key}.{ending}", entry.members[ending]
-        siblings = named(ending for ending in entry.members if _is_image(ending))
+        siblings = named(ending for ending in entry.members if _is_medium(ending))
         raise DataError(
-            f"the image {str(path)!r} is not in the shard; name a file that shares the key, such "
+            f"the file {str(path)!r} is not in the shard; name a file that shares the key, such "
             f"as {entry.key}.0.png, or one by its path in the shard (siblings here: {siblings})"
         )
 
@@ -291,32 +292,32 @@ def _why(path: Path, error: Exception) -> str:
     return f"{what or error}; a shard is an uncompressed tar file"
 
 
-def _is_image(ending: str) -> bool:
-    return f".{ending.rpartition('.')[2]}" in IMAGE_ENDINGS
+def _is_medium(ending: str) -> bool:
+    return has_ending(ending, MEDIA_ENDINGS)
 
 
 def _is_metadata(record: Any) -> bool:
-    """Whether JSON beside an image is metadata of it, and not a record."""
+    """Whether JSON beside an image or clip is metadata of it, and not a record."""
     return isinstance(record, dict) and not {"conversations", "messages"} & record.keys()
 
 
 def _caption_pair(entry: _Entry, metadata: Any, caption: str | None, rules: RecordRules) -> Sample:
-    """An image as the target of its caption: a text file, or else "caption" of its JSON.
+    """An image or clip as the target of its caption: a text file, or "caption" of its JSON.
 
     `caption` is that of a table beside the shard, where neither has one.
     """
-    image = entry.image
+    target = entry.target
     text = next((e for e in CAPTION_ENDINGS if e[1:] in entry.members), None)
-    if image is None or (text is None and caption is None and not isinstance(metadata, dict)):
+    if target is None or (text is None and caption is None and not isinstance(metadata, dict)):
         raise DataError(
-            "neither a json record nor an image with a txt caption; files of one sample share the "
-            f"name up to the first dot, here there are {named(entry.members)}",
-            "neither a json record nor an image with a txt caption",
+            "neither a json record nor an image or clip with a txt caption; files of one sample "
+            f"share the name up to the first dot, here there are {named(entry.members)}",
+            "neither a json record nor an image or clip with a txt caption",
         )
     content = None if text is None else _bytes(entry, text[1:])
     if content is None and caption and not (isinstance(metadata, dict) and metadata.get("caption")):
         content = caption.encode()
-    return caption_sample(Path(image), content, metadata, rules)
+    return caption_sample(Path(target), content, metadata, rules)
 
 
 def _bytes(entry: _Entry, ending: str) -> bytes:

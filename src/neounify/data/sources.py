@@ -1,4 +1,4 @@
-"""Sample sources: protocol, sources of files, mixtures by weight, JSON lines and their images.
+"""Sample sources: protocol, sources of files, mixtures by weight, JSON lines.
 
 A new format is a file with a source and its `DataConfig`, and a line in `FORMATS` of `configs.py`.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
@@ -17,27 +17,16 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic.dataclasses import dataclass as config_dataclass
 from typing_extensions import Self
 
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
 from neounify.data.formats import files_below, recognise
+from neounify.data.media import Blobs, Unread, blob_or_file
 from neounify.data.reasons import reason_of
-from neounify.data.sample import (
-    DataError,
-    Part,
-    RecordRules,
-    Sample,
-    SampleImage,
-    Turn,
-    parse_record,
-    sample_from_record,
-)
-from neounify.errors import ImageError
-from neounify.image import read_image
-from neounify.image.io import MAX_DECODED_PIXELS
+from neounify.data.records import RecordRules, parse_record, sample_from_record
+from neounify.data.sample import DataError, Sample
 
 
 @runtime_checkable
@@ -70,27 +59,6 @@ class EndlessSource(ABC):
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.draw, count())
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A sample whose images are names yet; `find` gives the file or the content of one.
-
-    `find(path)` returns (file or bytes, name for messages) and decodes nothing. It raises
-    DataError for an image that is not there or outside its folder, and OSError.
-    """
-
-    sample: Sample
-    find: Callable[[Path], tuple[Path | bytes, str]]
-
-    def read(self, *, colour_profiles: bool = True) -> Sample:
-        """The sample with its images as RGB. Raises DataError that names the image, and OSError."""
-
-        def read(path: Path) -> Image.Image:
-            content, name = self.find(path)
-            return read_sample_image(content, name, colour_profiles=colour_profiles)
-
-        return map_images(self.sample, read)
 
 
 class FileSource(ABC):
@@ -239,92 +207,12 @@ def _shares(weights: Sequence[float]) -> list[int]:
     return [int(count) for count in counts]
 
 
-MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
-"""Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
-
-
-def files_in(root: Path) -> Callable[[Path], tuple[Path, str]]:
-    """The `find` of images that are files below a folder, links followed."""
-    return lambda path: (file_inside(path, root), path.name)
-
-
-def map_images(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
-    """The sample with images that are paths replaced by `read(path)`."""
-
-    pixels = 0
-
-    def mapped(part: Part) -> Part:
-        nonlocal pixels
-        if not isinstance(part, SampleImage) or not isinstance(part.image, Path):
-            return part
-        image = read(part.image)
-        pixels += image.width * image.height
-        if pixels > MAX_SAMPLE_PIXELS:
-            raise DataError(
-                f"the images of the sample have more than {MAX_SAMPLE_PIXELS:,} pixels together; "
-                "make them smaller, or split the record"
-            )
-        return SampleImage(image, part.role)
-
-    turns = (Turn(turn.role, tuple(mapped(part) for part in turn.parts)) for turn in sample.turns)
-    return replace(sample, turns=tuple(turns))
-
-
-def read_sample_image(
-    source: Path | bytes, name: str, *, colour_profiles: bool = True
-) -> Image.Image:
-    """Read a file or its bytes; DataError that names it once."""
-    try:
-        return read_image(source, colour_profiles=colour_profiles)
-    except ImageError as error:
-        # The reader names a file by its path, and bytes by no name.
-        text = str(error)
-        known = isinstance(source, Path) and str(source) in text
-        reason = text.replace(str(source), "…") if known else text.removeprefix("the image: ")
-        raise DataError(
-            text if known else f"{name}: {text.removeprefix('the image: ')}",
-            reason_of(ValueError(reason)),
-        ) from error
-
-
-def file_inside(path: Path, root: Path) -> Path:
-    """The path, once links are followed, if it lies below the root."""
-    try:
-        base, resolved = root.resolve(), path.resolve()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # links in a circle; names no file can have
-        raise DataError(
-            f"the image {path.name[:80]!r} cannot be found: {error}"[:300],
-            "the image … cannot be found",
-        ) from error
-    if not resolved.is_relative_to(base):
-        raise DataError(
-            f"the image {path.name} lies outside the data folder {root}; name the folder of the "
-            "images in the recipe (images = FOLDER beside path)",
-            "the image … lies outside the data folder",
-        )
-    if resolved.exists() and not resolved.is_file():  # opening a pipe would wait for its writer
-        raise DataError(f"the image {path.name[:80]!r} is not a file")
-    if "\\" in path.name and not resolved.exists():
-        raise DataError(
-            f"there is no image {path.name}; paths are written with /", "there is no image …"
-        )
-    return resolved
-
-
 MAX_LINE_BYTES = 16 * 2**20
 """Size of one record."""
 MAX_RECORDS = 200_000_000
 """Records of one file, of which the spans are kept in memory: 24 bytes each."""
 Spans = NDArray[np.int64]
 """First byte, bytes and number from 1 of every record of a file, [n, 3]."""
-
-
-Blobs = dict[str, bytes]
-"""Images that stand in a record itself, by the names that replace them."""
 
 
 class RecordSource(FileSource):
@@ -369,14 +257,7 @@ class RecordSource(FileSource):
         root = self.root or file.parent
         sample = sample_from_record(record, root, self.rules, blobs)
         name = sample.id or f"{file.stem}-{number}"
-        return Unread(replace(sample, id=name), partial(_blob_or_file, root, blobs))
-
-
-def _blob_or_file(root: Path, blobs: Blobs, path: Path) -> tuple[Path | bytes, str]:
-    """The bytes of an image in a record, or the file that it names."""
-    if path.parent == root and path.name in blobs:
-        return blobs[path.name], "the image in the record"
-    return file_inside(path, root), path.name
+        return Unread(replace(sample, id=name), partial(blob_or_file, root, blobs))
 
 
 class RecordFiles(RecordSource):

@@ -1,4 +1,4 @@
-"""Contact sheets: a grid of captioned images."""
+"""Contact sheets: a grid of captioned images, or of clips as frames side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from neounify.errors import ImageError
 
+SHOWN_FRAMES = 8
+"""Frames of a clip that a strip shows at most."""
 _PASS, _FAIL = (30, 150, 60), (205, 45, 45)
 
 
@@ -54,3 +56,15 @@ def contact_sheet(
         for row, words in enumerate(textwrap.wrap(text, max(widths) // 6)[:lines]):
             draw.text((x, bottom + 3 + row * line), words, fill=(40, 40, 40), font=font)
     return sheet
+
+
+def strip(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames of a clip [frames, h, w, 3] side by side as one image.
+
+    At most `SHOWN_FRAMES` of them, evenly from the first to the last.
+    """
+    number = min(SHOWN_FRAMES, len(clip))
+    chosen = clip[np.linspace(0, len(clip) - 1, number).round().astype(int)]
+    bar = np.full((clip.shape[1], 1, 3), 248, np.uint8)
+    pieces = [piece for frame in chosen for piece in (frame, bar)]
+    return np.concatenate(pieces[:-1], axis=1)

@@ -20,7 +20,7 @@ from neounify.tasks.video import in_tubes
 from neounify.video.choice import FrameChoice, Timeline
 from neounify.video.clip import Video
 from neounify.video.decode import Clip, VideoLimits
-from neounify.video.read import VideoSource, read_video
+from neounify.video.read import ReadVideo, VideoSource, read_video
 
 VideoInput = VideoSource | Video | Frames
 """A path, the bytes of a file, a clip, or frames that were read of one."""
@@ -100,9 +100,8 @@ def read_file(
 
     Larger frames are reduced to `reserve` times the area that the model sees.
     """
-    _, most = frame_bounds(config, 1)
     choice = frame_choice(config, fps, max_frames, tubes)
-    video = read_video(source, choice, limits=limits, frame_pixels=reserve * most)
+    video = read_shown(source, config, choice, limits=limits, reserve=reserve)
     return _seen(config, video.images, video.times, video.clip.in_tubes), video.clip
 
 
@@ -145,6 +144,19 @@ def read_condition(
             param="condition",
         )
     return [images[number] for number in shown[len(shown) % tube :]]
+
+
+def read_shown(
+    source: VideoSource,
+    config: ModelConfig,
+    choice: FrameChoice,
+    *,
+    limits: VideoLimits | None = None,
+    reserve: int = RESERVE,
+) -> ReadVideo:
+    """The chosen frames of a file, for a model to look at. Raises VideoError."""
+    _, most = frame_bounds(config, 1)
+    return read_video(source, choice, limits=limits, frame_pixels=reserve * most)
 
 
 def _seen(

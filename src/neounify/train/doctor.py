@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from neounify.data.configs import DataConfig, FileData
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
+from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.reasons import counted, too_many_skipped
 from neounify.data.sample import Sample
+from neounify.data.sizes import Pixels
 from neounify.data.sources import FileSource, Mixture
 from neounify.distributed.shards import local
 from neounify.errors import ImageError

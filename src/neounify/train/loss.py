@@ -27,9 +27,9 @@ from neounify.attention import select_for
 from neounify.config import ModelConfig
 from neounify.config.model import UndPixels
 from neounify.config.ranges import STRICT, Count, Finite, NonNegative, Positive, check_weights
-from neounify.data.encode import Pixels
 from neounify.data.loader import Pack
 from neounify.data.sample import TASKS, DataError
+from neounify.data.sizes import Pixels
 from neounify.distributed.sequence import Share
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.clips import join_rows, tube_rows

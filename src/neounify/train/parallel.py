@@ -15,14 +15,14 @@ import torch
 
 from neounify.checkpoint.mapped import all_finite
 from neounify.config import ModelConfig
-from neounify.data.sample import DataError
+from neounify.data.sample import ClipFile, DataError, SampleClip
 from neounify.data.sources import SampleSource
 from neounify.distributed.mesh import MeshShape, mesh_shape
 from neounify.distributed.parallelize import Parallel, parallelize
 from neounify.distributed.ranks import Ranks
 from neounify.distributed.shards import local
 from neounify.errors import ConfigError
-from neounify.files import LOCK_FILE
+from neounify.files import LOCK_FILE, file_sha256
 from neounify.model.neo import NeoUnify
 from neounify.train.method import MicroBatch
 from neounify.train.recipe import Recipe, StageRecipe
@@ -150,10 +150,22 @@ def fingerprint(sources: Iterable[SampleSource]) -> str:
                 for image in sample.images:
                     digest.update(image.pixels().tobytes())
                 for clip in sample.clips:
-                    digest.update(clip.pixels().tobytes())
+                    digest.update(_content(clip))
             except DataError:  # the loader counts damaged samples
                 digest.update(b"damaged")
     return digest.hexdigest()
+
+
+def _content(clip: SampleClip | ClipFile) -> bytes:
+    """The frames of a clip, or the digest of its file. Raises DataError."""
+    if isinstance(clip, SampleClip):
+        return clip.pixels().tobytes()
+    if isinstance(clip.file, bytes):
+        return clip.file
+    try:
+        return file_sha256(clip.file).encode()
+    except OSError as error:
+        raise DataError(f"{clip.name}: {error}") from error
 
 
 def parallelize_run(

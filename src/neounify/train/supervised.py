@@ -42,6 +42,8 @@ MAX_NOISE_DRAWS = 2**16
 MAX_TOKENS_PER_PACK = 2**24
 GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}
 """Tasks with target images."""
+FILMING = {"t2v", "next_frames"}
+"""Tasks with target clips."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -74,8 +76,8 @@ class SupervisedConfig(MethodConfig):
         check_sources(context.mixture, build_encoder(context.setup, self))
 
     def unused_streams(self, stage: StageRecipe) -> Collection[StreamName]:
-        """The generation stream, if it is frozen and no data has images to generate."""
-        generates = any(GENERATING & set(data.tasks_drawn()) for data in stage.data)
+        """The generation stream, if it is frozen and no data has images or clips to generate."""
+        generates = any((GENERATING | FILMING) & set(data.tasks_drawn()) for data in stage.data)
         return (GEN,) if GEN in stage.freeze and not generates else ()
 
     def trained_sizes(

@@ -1,7 +1,8 @@
 """Choice of the frames that a model reads of a clip, by their times.
 
 The rules are those of the published video models: `published` for understanding, `dense` for tubes
-of consecutive frames, `at_rate` for training (24 a second) and for a rate of the caller's.
+of consecutive frames, `consecutive` for clips to generate in training (24 a second), and `at_rate`
+for a rate of the caller's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ FRAME_LIMIT = 500_000
 SAMPLE_FPS, TUBE_FPS = 1.0, 4.0
 TUBE_FRAMES = 4
 """Frames of one tube."""
+LEAST_FRAMES = 23
+"""Frames that a clip to generate must have at least for 24 that are taken."""
 _ROUNDING = 1e-9
 """Frames by which a sample may lie before a frame and still show it."""
 
@@ -43,7 +46,8 @@ class FrameChoice:
 
     `fps` samples per second, None for the rule of `published` with the model's rates; at most
     `max_frames`, which a longer clip is covered by evenly. With `tubes`, the rule of `dense` where
-    it applies. Raises VideoError.
+    it applies. With `multiple`, the rule of `consecutive`, which needs `fps`; `cut` is its own.
+    Raises VideoError.
     """
 
     fps: float | None = None
@@ -51,8 +55,12 @@ class FrameChoice:
     sample_fps: float = SAMPLE_FPS
     tube_fps: float = TUBE_FPS
     tubes: bool = False
+    multiple: int = 0
+    cut: bool = False
 
     def __post_init__(self) -> None:
+        if self.multiple and self.fps is None:
+            raise VideoError("consecutive frames need fps, how many of them are taken a second")
         if self.fps is not None:
             fps = finite_number(self.fps)
             if fps is None or fps <= 0:
@@ -72,6 +80,8 @@ class FrameChoice:
 
     def take(self, clip: Timeline) -> tuple[list[int], bool]:
         """Indices of the frames, ascending, and whether they are seen in tubes."""
+        if self.multiple and self.fps is not None:
+            return consecutive(clip, self.fps, self.max_frames, self.multiple, cut=self.cut), False
         if self.tubes:
             frames = dense(clip, self.max_frames, self.fps or self.tube_fps)
             if frames is not None:
@@ -97,17 +107,25 @@ class Timeline:
         """Frames per second, on average."""
         return len(self.times) / self.end
 
+    @property
+    def _slack(self) -> float:
+        """Seconds by which a sample may lie before a frame and still show it."""
+        return self.rounding + _ROUNDING * self.end / len(self.times)
+
+    def count(self, fps: float) -> int:
+        """How many k there are with k / fps within the clip, at least 1."""
+        samples = (self.end - self._slack) * fps
+        return max(1, math.ceil(min(samples, 2**53)))  # the product may be infinite
+
+    def shown(self, fps: float, count: int) -> list[int]:
+        """The frame that is shown at k / fps, for the first `count` k."""
+        slack = self._slack
+        return [max(0, bisect_right(self.times, k / fps + slack) - 1) for k in range(count)]
+
     def sample(self, fps: float, limit: int) -> list[int] | None:
         """The frame that is shown at k / fps, for all k within the clip; None for over `limit`."""
-        slack = self.rounding + _ROUNDING * self.end / len(self.times)
-        samples = (self.end - slack) * fps
-        if samples > limit:  # before it is rounded: it may be infinite
-            return None
-        count = math.ceil(samples)
-        return [
-            max(0, bisect_right(self.times, number / fps + slack) - 1)
-            for number in range(max(1, count))
-        ]
+        count = self.count(fps)
+        return None if count > limit else self.shown(fps, count)
 
     def evenly(self, count: int) -> list[int]:
         """`count` frames from the first to the last, evenly; all where there are no more."""
@@ -153,6 +171,45 @@ def at_rate(clip: Timeline, fps: float, max_frames: int = MAX_FRAMES) -> list[in
     """Frames at `fps` a second, or `max_frames` evenly where those are more."""
     frames = clip.sample(fps, max_frames)
     return clip.evenly(max_frames) if frames is None else _merged(frames)
+
+
+def consecutive(
+    clip: Timeline,
+    fps: float,
+    max_frames: int = MAX_FRAMES,
+    multiple: int = 1,
+    *,
+    cut: bool = False,
+) -> list[int]:
+    """Frames of a clip to generate: `fps` a second from the first one, the last ones left out.
+
+    Their number is a `multiple`. Frames that are shown twice in a row are taken once, as in the
+    published training: 90 frames at 23.976 a second are 90 at 24. A clip of fewer frames than that
+    training read, `LEAST_FRAMES` for 24, would so run too fast, and is refused; one of more than
+    `max_frames` too, unless `cut` takes its first ones. Raises VideoError, also for a clip of fewer
+    frames than `multiple`.
+    """
+    count = clip.count(fps)
+    # Equal neighbours are taken once, so `max_frames` may need some more samples.
+    samples = min(count, max_frames + max_frames // LEAST_FRAMES + 2)
+    frames = _merged(clip.shown(fps, samples))
+    if len(frames) + 1 < samples * LEAST_FRAMES / (LEAST_FRAMES + 1):
+        raise VideoError(
+            f"has {clip.fps:.3g} frames a second, and {fps:g} are taken for a clip to generate; "
+            f"at least {fps * LEAST_FRAMES / (LEAST_FRAMES + 1):g}, evenly spaced, are needed"
+        )
+    if len(frames) > max_frames and not cut:
+        raise VideoError(
+            f"lasts {clip.end:.1f} seconds, {count:,} frames at {fps:g} a second, and a clip to "
+            f"generate has at most {max_frames}; cut it, or take its first frames (target_frames)"
+        )
+    frames = frames[:max_frames]
+    whole = len(frames) // multiple * multiple
+    if not whole:
+        raise VideoError(
+            f"has {len(frames)} frames at {fps:g} a second, fewer than the {multiple} of a tube"
+        )
+    return frames[:whole]
 
 
 def _merged(frames: list[int]) -> list[int]:

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from neounify.data.formats import RECORD, named
-from neounify.data.sample import DataError, RecordRules
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError
 
 FORMS = {
     "conversations": "neounify.data.forms.messages:from_turns",
@@ -24,6 +25,7 @@ FORMS = {
 """The function of every form, as "module:function"; imported when a record has the form."""
 
 IMAGE_FIELDS = ("file_name", "image", "jpg", "jpeg", "png", "webp")
+VIDEO_FIELDS = ("video", "mp4")
 CAPTION_FIELDS = ("text", "caption", "prompt", "txt")
 
 KEYS: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -31,7 +33,7 @@ KEYS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "alpaca": (("instruction",), ("output",)),
     "query": (("query",), ("response",)),
-    "caption": ((*IMAGE_FIELDS, "url"), CAPTION_FIELDS),
+    "caption": ((*IMAGE_FIELDS, *VIDEO_FIELDS, "url"), CAPTION_FIELDS),
 }
 """Fields that tell a form, in order: one of every group has to be there."""
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from neounify.data.forms import Fields, has_value
-from neounify.data.sample import DataError, RecordRules
+from neounify.data.records import RecordRules
+from neounify.data.sample import DataError
 
 
 def from_alpaca(fields: Fields, rules: RecordRules) -> Fields:

@@ -3,27 +3,43 @@
     {"messages": [{"role": "user", "content": "<image>Which colour?"},
                   {"role": "assistant", "content": "Red."}], "images": ["a.png"]}
 
-Content is text with `<image>` marks, or a list of parts `{"type": "text", "text": …}` and
-`{"type": "image"}`. An image part names its file itself (`image`, `path`, `url` or `image_url`),
-has its number in the record's images (`index`), or is the next of them. ms-swift's `loss` of a
-message says whether it is trained on.
+Content is text with `<image>` and `<video>` marks, or a list of parts: `{"type": "text",
+"text": …}`, `{"type": "image"}` and `{"type": "video"}`. An image part names its file itself
+(`image`, `path`, `url` or `image_url`), has its number in the record's images (`index`), or is the
+next of them; a video part likewise, with `video` or `video_url`. ms-swift's `loss` of a message
+says whether it is trained on.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from neounify.data.forms import Fields, has_value
-from neounify.data.sample import ROLE_OF, DataError, RecordRules
-from neounify.text import IMAGE_MARK
+from neounify.data.records import (
+    CLIPS,
+    IMAGES,
+    MEDIA,
+    ROLE_OF,
+    Medium,
+    RecordRules,
+    segments,
+)
+from neounify.data.sample import DataError
 
 _MESSAGE_FIELDS = ("role", "content", "loss")
-_PART_FIELDS = ("type", "text", "image", "path", "url", "image_url", "index")
-_IMAGE_NAMES = ("image", "path", "url", "image_url")
-_ANY_IMAGE = ("image", "image_url", "image_path")
-"""Types of image parts."""
+_FILE_NAMES = ("path", "url")
+_OWN_NAMES = {
+    IMAGES.name: ("image", "image_url"),
+    CLIPS.name: ("video", "video_url"),
+}
+"""Fields of a part that name its file, besides `_FILE_NAMES`."""
+_PART_FIELDS = ("type", "text", "index", *_FILE_NAMES, *sum(_OWN_NAMES.values(), ()))
+_TYPES = {
+    **dict.fromkeys(("image", "image_url", "image_path"), IMAGES),
+    **dict.fromkeys(("video", "video_url", "video_path"), CLIPS),
+}
+"""Types of parts that name an image or clip."""
 
 
 def from_turns(fields: Fields, rules: RecordRules) -> Fields:
@@ -42,20 +58,21 @@ def from_messages(fields: Fields, rules: RecordRules) -> Fields:
     messages = record.pop("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError('"messages" must be a list of messages that is not empty')
-    images = _Images(record)
+    media = {medium.name: _Listed(record, medium) for medium in MEDIA}
     turns, losses = [], []
     for message in messages:
         role, content = _checked(message, rules)
-        turns.append({"from": role, "value": "".join(_values(content, images, rules))})
+        turns.append({"from": role, "value": "".join(_values(content, media, rules))})
         losses.append(_loss(message, role))
     record["conversations"] = turns
-    if images.named:
-        record["image"] = images.in_order()
+    for listed in media.values():
+        if listed.named:
+            record[listed.medium.name] = listed.in_order()
     if any(loss is False for loss in losses):
         record["loss"] = [
-            [loss is None or loss] * _parts(turn["value"])
+            [loss is None or loss] * len(segments(turn["value"]))
             if turn["from"] == "assistant"
-            else [False] * _parts(turn["value"])
+            else [False] * len(segments(turn["value"]))
             for turn, loss in zip(turns, losses, strict=True)
         ]
     return record
@@ -88,55 +105,52 @@ def _loss(message: Mapping[str, Any], role: str) -> bool | None:
     return bool(loss)
 
 
-def _parts(value: str) -> int:
-    """Parts of text and images in a turn's value."""
-    return len([s for s in re.split(f"({re.escape(IMAGE_MARK)})", value) if s])
+class _Listed:
+    """Images or clips of a record: those of its list, and those that parts name themselves."""
 
-
-class _Images:
-    """Images of a record: those of its list, and those that parts name themselves."""
-
-    def __init__(self, record: Fields) -> None:
-        self.listed = record.get("images", record.get("image"))
-        self.record = record
+    def __init__(self, record: Fields, medium: Medium) -> None:
+        one, several = medium.fields
+        listed = record.get(several, record.get(one))
+        self.listed: list[Any] = [listed] if isinstance(listed, str) else listed or []
+        self.record, self.medium = record, medium
         self.named: list[Any] = []
-        self._from_list = False
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """Note the image of a part. Raises DataError."""
-        named = [part[name] for name in _IMAGE_NAMES if has_value(part.get(name))]
+        """Note the image or clip of a part. Raises DataError."""
+        noun = self.medium.noun
+        names = (*_OWN_NAMES[self.medium.name], *_FILE_NAMES)
+        named = [part[name] for name in names if has_value(part.get(name))]
         if len(named) > 1:
-            raise DataError("an image part names more than one image")
+            raise DataError(f"a part names more than one {noun}")
         if named:
-            image = named[0].get("url") if isinstance(named[0], Mapping) else named[0]
-            if not isinstance(image, str):
-                raise DataError("an image part does not name its file by a text")
-            self.named.append(image.removeprefix("file://"))
+            file = named[0].get("url") if isinstance(named[0], Mapping) else named[0]
+            if not isinstance(file, str):
+                raise DataError(f"a part of the {noun}s does not name its file by a text")
+            self.named.append(file.removeprefix("file://"))
             return
-        listed = [self.listed] if isinstance(self.listed, str) else self.listed or []
         index = part.get("index")
         number = len(self.named) if index is None else index
-        if type(number) is not int or not 0 <= number < len(listed):
+        if type(number) is not int or not 0 <= number < len(self.listed):
             raise DataError(
-                f"image part {len(self.named) + 1} stands for image {number!r:.20} of the record, "
-                f"which lists {len(listed)} (counted from 0)"
+                f"{noun} part {len(self.named) + 1} stands for {noun} {number!r:.20} of the "
+                f"record, which lists {len(self.listed)} (counted from 0)"
             )
-        self._from_list = True
-        self.named.append(listed[number])
+        self.named.append(self.listed[number])
 
     def in_order(self) -> list[Any]:
-        """The images of all parts. Raises DataError for listed ones that no part stands for."""
-        listed = [self.listed] if isinstance(self.listed, str) else self.listed or []
-        left = [image for image in listed if image not in self.named]
+        """The files of all parts. Raises DataError for listed ones that no part stands for."""
+        left = [file for file in self.listed if file not in self.named]
         if left:
-            raise DataError(f"{len(left)} images of the record belong to no part of its messages")
-        for name in ("image", "images"):
+            raise DataError(
+                f"{len(left)} {self.medium.noun}s of the record belong to no part of its messages"
+            )
+        for name in self.medium.fields:
             self.record.pop(name, None)
         return self.named
 
 
-def _values(content: Any, images: _Images, rules: RecordRules) -> Iterator[str]:
-    """The text of a message's content with `<image>` marks, piece by piece."""
+def _values(content: Any, media: Mapping[str, _Listed], rules: RecordRules) -> Iterator[str]:
+    """The text of a message's content with marks of images and clips, piece by piece."""
     if isinstance(content, str):
         yield content
         return
@@ -151,15 +165,20 @@ def _values(content: Any, images: _Images, rules: RecordRules) -> Iterator[str]:
             if key not in (*_PART_FIELDS, *rules.ignored) and has_value(value):
                 raise DataError(f'a part of a message has the unknown field "{str(key)[:40]}"')
         kind = part.get("type")
-        if kind in _ANY_IMAGE:
-            images.add(part)
-            yield IMAGE_MARK
+        medium = _TYPES.get(kind) if isinstance(kind, str) else None
+        if medium is not None:
+            media[medium.name].add(part)
+            yield medium.mark
         elif kind == "text" and isinstance(part.get("text"), str):
-            if IMAGE_MARK in part["text"]:
-                raise DataError(f"a text part contains {IMAGE_MARK}; write an image part there")
+            for other in MEDIA:
+                if other.mark in part["text"]:
+                    raise DataError(
+                        f"a text part contains {other.mark}; write a part of the type "
+                        f'"{other.name}" there'
+                    )
             yield part["text"]
         else:
             raise DataError(
-                f"a part of a message has the type {kind!r:.80}; only text and images can be "
-                "trained on"
+                f"a part of a message has the type {kind!r:.80}; only text, images and clips can "
+                "be trained on"
             )

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from neounify.image.contact_sheet import strip
 from neounify.motion.bench.cases import (
     MOTION_BENCH_TASKS,
     ContinueCase,
@@ -30,10 +31,7 @@ from neounify.motion.bench.follow import Clip
 from neounify.motion.bench.subject import MotionSubject
 from neounify.motion.world.questions import MOTION_QUESTIONS
 from neounify.motion.world.render import render_motion
-from neounify.scenes.bench.category import Category, Example, Pixels
-
-SHOWN_FRAMES = 8
-"""Frames of a clip on a contact sheet, at most."""
+from neounify.scenes.bench.category import Category, Example
 
 
 def motion_names(config: MotionBenchConfig) -> list[str]:
@@ -150,12 +148,3 @@ def mean_parts(examples: Sequence[Example]) -> dict[str, float]:
         f"mean {name}": float(np.mean([v.parts[name] for v in verdicts if name in v.parts]))
         for name in names
     }
-
-
-def strip(clip: Clip) -> Pixels:
-    """Frames of a clip side by side, at most `SHOWN_FRAMES` from the first to the last."""
-    number = min(SHOWN_FRAMES, len(clip))
-    chosen = clip[np.linspace(0, len(clip) - 1, number).round().astype(int)]
-    bar = np.full((clip.shape[1], 1, 3), 248, np.uint8)
-    pieces = [piece for frame in chosen for piece in (frame, bar)]
-    return np.concatenate(pieces[:-1], axis=1)
