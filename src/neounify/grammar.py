@@ -315,7 +315,7 @@ class GrammarConstraint:
         self._thinking = thinks
         self._size = vocabulary.size
         self._end = vocabulary.tokenizer.id(IM_END)
-        self._close = vocabulary.tokenizer.id(THINK_CLOSE)
+        self._close = vocabulary.tokenizer.find(THINK_CLOSE)  # None for models that do not think
 
     def mask(self) -> Tensor:
         """The tokens allowed next, one bit each; none where the grammar became too complex."""

@@ -349,7 +349,9 @@ def test_rows_of_every_form_with_images_in_cells(tmp_path: Path) -> None:
     ]
     source = ParquetSource(table(tmp_path / "img2dataset.parquet", rows))
     assert (source[0].id, source[0].images[0].pixels().shape) == ("0", (32, 96, 3))
-    with pytest.raises(DataError, match=r"row 2: there is no image or clip .status 'failed_to_download'"):
+    with pytest.raises(
+        DataError, match=r"row 2: there is no image or clip .status 'failed_to_download'"
+    ):
         source[1]
     with pytest.raises(DataError, match="the file in the record"):
         ParquetSource(table(tmp_path / "c.parquet", [{"image": b"no", "text": "x"}]))[0]

@@ -6,13 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
-from neounify.data.sample import Sample, SampleImage, SampleText, Turn
-from neounify.model import Image, Noise, Text
+from neounify.data.loader import make_pack
+from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
+from neounify.flow.guidance import Branch
+from neounify.flow.path import shift_time
+from neounify.flow.sampling import ImageSampling
+from neounify.model import Document, Image, Layout, Noise, Text
+from neounify.model.parts import GEN
+from neounify.tasks.image import ImageRequest, branch_prompt
+from neounify.tasks.program import Processor
 from neounify.text import Message, Tokenizer, chat_prompt, image_prompt, unconditional_prompt
 from neounify.text.forms import PIXELUMM
 from neounify.text.template import Prompt
+from neounify.train.loss import LossConfig, add_noise
 from support.pixelumm import SMALL, vision_tokenizer
 
 RED = np.full((32, 48, 3), (200, 0, 0), np.uint8)
@@ -95,3 +104,73 @@ def test_an_edit_ends_with_the_noisy_image(encoder: Encoder) -> None:
         "<|im_end|><|vision_start|>"
     )
     assert isinstance(encoded.document.spans[-1], Noise)
+
+
+# --- clips ---
+
+
+def _filmed(fps: float = 24.0, height: int = 32, width: int = 48) -> Turn:
+    frames = np.random.default_rng(0).integers(0, 256, (8, height, width, 3), np.uint8)
+    return Turn("assistant", (SampleClip(frames, "target", fps),))
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@pytest.mark.parametrize("fps", [24.0, 16.0])
+def test_a_clip_is_what_generation_runs_on(encoder: Encoder, branch: Branch, fps: float) -> None:
+    """Ids of both branches of guidance, and the tubes' positions behind them."""
+    dropout = GuidanceDropout(text=float(branch == "uncond"), all=0.0)
+    prompt = "a red circle moves left"
+    encoded = _encode(replace(encoder, dropout=dropout), "t2v", _user(prompt), _filmed(fps))
+    request = ImageRequest(
+        prompt=prompt,
+        width=48,
+        height=32,
+        frames=8,
+        fps=fps,
+        sampling=ImageSampling().resolve(SMALL, editing=False, video=True),
+    )
+    processor = Processor(SMALL, encoder.tokenizer, None, torch.float32)
+    ids = branch_prompt(processor, request, branch).ids([], -1)
+    assert list(encoded.ids) == ids
+    assert encoded.label_ids == ()
+    behind = Layout([Document((Noise.of(request.grid(SMALL)),), start_t=len(ids))])
+    trained = Layout([encoded.document])
+    assert torch.equal(trained[GEN].positions, behind[GEN].positions)
+    assert trained[GEN].positions[:, 0].unique().tolist() == [len(ids), len(ids) + 24 / fps]
+
+
+def test_the_next_frames_are_what_generation_runs_on(encoder: Encoder) -> None:
+    """The frames before stand in tubes with their times; no released model continues clips."""
+    shown = SampleClip(np.stack([RED] * 5), "input", 8.0)
+    turn = Turn("user", (shown, SampleText("go on")))
+    encoded = _encode(encoder, "next_frames", turn, _filmed(8.0))
+    kinds = [type(span) for span in encoded.document.spans]
+    assert kinds == [Text, Image, Text, Image, Text, Noise]
+    text = encoder.tokenizer.decode(encoded.ids, skip_special=False)
+    pair = "<|vision_start|><|vision_end|>"
+    assert text == (
+        f"<|im_start|>user\n<0.0 seconds>{pair}<0.5 seconds>{pair}go on<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|><|vision_start|>"
+    )
+
+
+@pytest.mark.parametrize(("side", "shift"), [(256, 1.0), (272, 2.0), (656, 3.0)])
+def test_times_of_clips_are_shifted_by_their_shorter_side(
+    encoder: Encoder, side: int, shift: float
+) -> None:
+    wide = replace(encoder, target_pixels=(256, 10**7))
+    clip = Turn("assistant", (SampleClip(np.zeros((4, side, side + 16, 3), np.uint8), "target"),))
+    pack = make_pack([_encode(wide, "t2v", _user("a red circle"), clip)])
+    plain = LossConfig(t_mean=0.0, t_std=1.0)
+    shifts = replace(plain, side_shifts=((256, 1.0), (640, 2.0), (960, 3.0)))
+    raw, shifted = (
+        add_noise(pack, SMALL, config, torch.Generator().manual_seed(0)).t
+        for config in (plain, shifts)
+    )
+    torch.testing.assert_close(shifted, shift_time(raw, shift))
+
+
+def test_a_caption_that_generation_refuses_is_not_trained_on(encoder: Encoder) -> None:
+    with pytest.raises(DataError, match="the prompt has 4,097 tokens, this model reads 4,096"):
+        _encode(encoder, "t2v", _user("a" * 4097), _filmed())
+    assert _encode(encoder, "t2v", _user("a" * 4096), _filmed()).label_ids == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from neounify.data.records import RecordRules, sample_from_record, sample_to_rec
 from neounify.data.sample import ClipFile, ClipReading, DataError, Sample, SampleText
 from neounify.data.sources import FileSource
 from neounify.model import Image, Noise, Text
+from neounify.model.layout import Grid
 from neounify.pipeline.videos import read_frames
 from neounify.tasks.chat import make_chat_request, prompt_of
 from neounify.tasks.clips import frame_bounds
 from neounify.tasks.program import Processor
 from neounify.text import byte_tokenizer, image_prompt
 from neounify.text.forms import TEMPLATES
+from neounify.text.template import ImageSegment
 from support.clips import STEP, clip_bytes, numbered
 from support.own_data import png, write_lines, write_tar
 from support.pixelumm import SMALL, vision_tokenizer
@@ -174,9 +177,7 @@ def test_what_names_no_clip_is_refused(record: dict[str, Any], words: str) -> No
 
 def test_a_clip_to_generate_has_the_frames_of_its_rate(folder: Path) -> None:
     """The rate of the preset is 8: all 16 frames, of which a document has 8 at most."""
-    encoded = encode(
-        source_of(folder, film(), clips={"target_frames": 8})[0], encoder_of()
-    )
+    encoded = encode(source_of(folder, film(), clips={"target_frames": 8})[0], encoder_of())
     assert encoded.task == "t2v"
     wanted = image_prompt(TOKENIZER, "it goes left", system="", think=False)
     assert list(encoded.ids) == wanted.ids([], -1)
@@ -243,6 +244,17 @@ def test_a_question_is_the_prompt_of_inference(
     for ours, theirs in zip(encoded.images, shown, strict=True):
         assert ours.shape[:-1] == (*theirs.shape[:-3], *theirs.shape[-2:])
     assert (encoded.images[0].ndim == 4) == tubes
+    height, width = shown[0].shape[-2:]
+    grid = Grid.of_pixels(height, width, config.token_size)
+    spans = [
+        Image.of(grid) if isinstance(part, ImageSegment) else Text(len(part.ids))
+        for part in prompt.segments
+    ]
+    *before, last = encoded.document.spans
+    assert [replace(span, tubes=0) if isinstance(span, Image) else span for span in before] == [
+        *spans[:-1]
+    ]
+    assert isinstance(last, Text)  # goes on with the answer
     assert tokenizer.decode(encoded.label_ids) == "left"
 
 
@@ -278,7 +290,11 @@ def test_clips_lie_below_the_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "is empty"), (b"no video at all" * 9, "not a video, or damaged"), (png(), "not a video")],
+    [
+        (b"", "is empty"),
+        (b"no video at all" * 9, "not a video, or damaged"),
+        (png(), "not a video"),
+    ],
 )
 def test_files_that_are_no_clips(folder: Path, content: bytes, words: str) -> None:
     (folder / "a.mp4").write_bytes(content)
@@ -362,8 +378,7 @@ def test_a_table_of_clips_in_cells(folder: Path) -> None:
 
 def test_a_preview_skips_and_names_what_cannot_be_read(folder: Path) -> None:
     source = source_of(folder, question(), question(video="b.mp4"), film())
-    for result in preview(source, encoder_of(), 3, 3):
-        pass
+    *_, result = preview(source, encoder_of(), 3, 3)
     assert [shown.task for shown in result.shown] == ["video_qa"]
     assert [skipped.message for skipped in result.skipped] == [
         "data.jsonl, line 2: b.mp4: no such file",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from neounify.checkpoint import save_model
@@ -33,14 +32,10 @@ SMALL = CONFIG.replace(
 
 
 def vision_tokenizer(root: Path) -> Tokenizer:
-    """The byte tokenizer with Qwen3's marks of images in place of SenseNova-U1's."""
-    byte_tokenizer().save(root)
-    for file in root.iterdir():
-        text = file.read_text(encoding="utf-8")
-        for old, new in (("<img>", "<|vision_start|>"), ("</img>", "<|vision_end|>")):
-            text = text.replace(json.dumps(old), json.dumps(new))
-        file.write_text(text, encoding="utf-8")
-    return Tokenizer.from_folder(root, TEMPLATES["pixelumm"].tokens)
+    """A byte tokenizer with the marks of images of Qwen3, from a folder."""
+    tokens = TEMPLATES["pixelumm"].tokens
+    byte_tokenizer(required=tokens).save(root)
+    return Tokenizer.from_folder(root, tokens)
 
 
 def saved(folder: Path, config: ModelConfig = SMALL, seed: int = 0) -> Path:

@@ -15,7 +15,8 @@ from neounify.errors import ImageError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
 from neounify.train.loop import Trainer
-from neounify.train.progress import Progress, SampleGrid, Sampling
+from neounify.train.previews import SampleGrid
+from neounify.train.progress import Progress, Sampling
 from support.parallel_runs import SPARSE, numpy, recipe, this_rank, trainer
 from support.ranks import run_ranks
 

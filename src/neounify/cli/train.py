@@ -103,7 +103,8 @@ def _train(
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
         from neounify.train.parallel import check_model, check_parallel, fingerprint
-        from neounify.train.progress import Progress, SampleGrid, stages_to_run
+        from neounify.train.previews import SampleGrid
+        from neounify.train.progress import Progress, stages_to_run
         from neounify.train.setup import StageSources, build_setup, recipe_config
 
     ranks.check_alike("the recipe", repr(recipe))

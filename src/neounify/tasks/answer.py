@@ -111,7 +111,9 @@ class AnswerEvents:
 
         `thinking`: the answer begins inside a thought. Without `thoughts` their marks are text.
         """
-        marks = {processor.token(THINK_OPEN): True, processor.token(THINK_CLOSE): False}
+        # Models that do not think may have no such tokens.
+        find = processor.tokenizer.find
+        marks = {find(name): name == THINK_OPEN for name in (THINK_OPEN, THINK_CLOSE)}
         self._marks = marks if thoughts else {}
         self._processor, self._answer, self._calls = processor, answer, calls
         self._log_probs: list[TokenLogProb] = []

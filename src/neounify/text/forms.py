@@ -9,10 +9,17 @@ from importlib import resources
 from typing import TypeVar
 
 from neounify.errors import PromptError
-from neounify.text.tokens import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, REQUIRED
+from neounify.text.tokens import (
+    IM_END,
+    IM_START,
+    IMAGE_CLOSE,
+    IMAGE_OPEN,
+    REQUIRED,
+    VISION_END,
+    VISION_START,
+)
 
 T = TypeVar("T")
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -383,36 +383,41 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(joined)
 
 
-_ADDED = (END_OF_TEXT, *REQUIRED)
-
-BYTE_VOCAB_SIZE = 256 + len(_ADDED)
+BYTE_VOCAB_SIZE = 256 + 1 + len(REQUIRED)
 """Ids of a tokenizer without merges: one per byte, then the special tokens."""
 
 
-def byte_tokenizer(merges_from: Sequence[str] = (), vocab_size: int = BYTE_VOCAB_SIZE) -> Tokenizer:
+def byte_tokenizer(
+    merges_from: Sequence[str] = (),
+    vocab_size: int = BYTE_VOCAB_SIZE,
+    required: tuple[str, ...] = REQUIRED,
+) -> Tokenizer:
     """Byte-level BPE tokenizer with every required token and `<|endoftext|>`.
 
     Ids are contiguous: the 256 bytes, the merges, the special tokens.
 
     Args:
         merges_from: texts to learn merges from; without any, a token is a byte.
-        vocab_size: upper bound on the number of ids, at least BYTE_VOCAB_SIZE; fewer where
-            the texts hold fewer pairs.
+        vocab_size: upper bound on the number of ids, at least 257 and the required tokens; fewer
+            where the texts hold fewer pairs.
+        required: the tokens that the prompts of a model need, by default SenseNova-U1's.
 
     Raises:
-        ValueError: `vocab_size` is below BYTE_VOCAB_SIZE.
+        ValueError: `vocab_size` is too small.
     """
-    if vocab_size < BYTE_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {BYTE_VOCAB_SIZE}, got {vocab_size}")
-    merges = _learn_merges(merges_from, vocab_size - BYTE_VOCAB_SIZE)
+    names = (END_OF_TEXT, *required)
+    least = 256 + len(names)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+    merges = _learn_merges(merges_from, vocab_size - least)
     tokens = [*sorted(byte_of_character()), *("".join(pair) for pair in merges)]
     added = [
         added_token(name, len(tokens) + number, special=name in CONTROL)
-        for number, name in enumerate(_ADDED)
+        for number, name in enumerate(names)
     ]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     description = byte_level_description(vocab, merges, added)
-    return Tokenizer(description, origin="a byte tokenizer")
+    return Tokenizer(description, origin="a byte tokenizer", required=required)
 
 
 def _learn_merges(texts: Sequence[str], limit: int) -> list[list[str]]:

@@ -19,11 +19,15 @@ IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_OPEN = "<img>"
 IMAGE_CLOSE = "</img>"
 END_OF_TEXT = "<|endoftext|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 REQUIRED = (IM_START, IM_END, THINK_OPEN, THINK_CLOSE, IMAGE_CONTEXT, IMAGE_OPEN, IMAGE_CLOSE)
 """A tokenizer without all of these cannot drive a model."""
 
-CONTROL = (IM_START, IM_END, IMAGE_CONTEXT, IMAGE_OPEN, IMAGE_CLOSE, END_OF_TEXT)
+CONTROL = (
+    *(IM_START, IM_END, IMAGE_CONTEXT, IMAGE_OPEN, IMAGE_CLOSE, END_OF_TEXT),
+    *(VISION_START, VISION_END),
+)
 """Tokens that steer the model: typed by a user they must never become the token itself."""
 
 # --- tokenizer folders ---

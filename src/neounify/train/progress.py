@@ -1,4 +1,4 @@
-"""Progress of a run: counters, stages that are left, samples per data source, sample grids."""
+"""Progress of a run: counters, stages that are left, samples per data source."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from neounify.data.configs import DataConfig, FileData
 from neounify.data.loader import LoadedPack, Skipped
 from neounify.data.reasons import counted, too_many_skipped
-from neounify.data.sample import DataError, Sample
+from neounify.data.sample import DataError
 from neounify.data.sources import FileSource, SampleSource, source_name
-from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import ConfigError
-from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import Pipeline
 from neounify.train.method import MicroBatch
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.setup import StageSources, TrainSetup
+from neounify.train.setup import TrainSetup
 
 
 @dataclass
@@ -200,60 +192,3 @@ def sampling_of(setup: TrainSetup, stage: StageRecipe) -> Iterator[Pipeline]:
     with setup.parallel.sampling() as model:
         message, attention = setup.system_message, stage.attention
         yield Pipeline(model, setup.tokenizer, system_message=message, attention=attention)
-
-
-MAX_PROMPTS = 16
-GRID_STEPS = 30
-"""Sampling steps of a grid's images."""
-
-
-class SampleGrid:
-    """Generates the recipe's prompts, or those of its first samples, as samples/step-….png.
-
-    On many ranks, each generates its share of the prompts.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        sources: StageSources | None = None,
-        ranks: Ranks = ONE,
-    ) -> None:
-        self.recipe, self.folder, self.ranks = recipe, folder / "samples", ranks
-        self.sources = sources or StageSources(recipe)
-
-    def __call__(self, sampling: Sampling, progress: Progress) -> dict[str, float]:
-        prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
-        if not prompts:
-            return {}
-        mine = range(self.ranks.rank, len(prompts), self.ranks.size)
-
-        def generate() -> list[tuple[int, NDArray[np.uint8]]]:
-            with sampling() as pipe:
-                if not mine:
-                    return []
-                texts = [prompts[number] for number in mine]
-                generated = pipe.generate(texts, seed=list(mine), steps=GRID_STEPS)
-            return [(n, np.asarray(x)) for n, x in zip(mine, generated.images, strict=True)]
-
-        parts = self.ranks.gather(self.ranks.together(generate))
-        images = [image for _, image in sorted(chain(*parts), key=itemgetter(0))]
-        if not self.ranks.first:
-            return {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet = contact_sheet(images, prompts, [True] * len(prompts), columns=8)
-        sheet.save(self.folder / f"step-{progress.step:08d}.png")
-        return {}
-
-    def _prompts(self, stage: int) -> list[str]:
-        """User texts of the first text-to-image samples of the stage's data."""
-        if not self.recipe.stages[stage].data:
-            return []
-        source = self.sources.of(self.recipe.stages[stage])
-        samples: list[Sample] = []
-        for index in range(200):
-            with suppress(DataError):  # the loader counts damaged samples
-                samples.append(source[index])
-        prompts = [sample.text("user") for sample in samples if sample.task == "t2i"]
-        return prompts[:MAX_PROMPTS]

@@ -144,7 +144,7 @@ def _of_checkpoint(recipe: Recipe, folder: Path) -> Start:
 def _of_fresh(recipe: Recipe, folder: Path) -> Start:
     source = recipe.model
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
-    tokenizer = _saved(folder, config, partial(_tokenizer, recipe))
+    tokenizer = _saved(folder, config, partial(_tokenizer, recipe, config))
     _check_ids(tokenizer, config)
     return Start(config, FreshWeights(config, recipe.seed), tokenizer, source.system_message)
 
@@ -259,9 +259,14 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         raise CheckpointError(f"the tokenizer {folder} could not be saved: {error}") from error
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
-    settings = recipe.model.tokenizer or TokenizerRecipe()
-    return byte_tokenizer(_tokenizer_texts(recipe, settings.samples), settings.vocab_size)
+def _tokenizer(recipe: Recipe, config: ModelConfig) -> Tokenizer:
+    """A tokenizer with the tokens that the model's prompts need."""
+    settings, required = (
+        recipe.model.tokenizer or TokenizerRecipe(),
+        TEMPLATES[config.template].tokens,
+    )
+    texts = _tokenizer_texts(recipe, settings.samples)
+    return byte_tokenizer(texts, settings.vocab_size, required)
 
 
 def _extended(tokenizer: Tokenizer, recipe: Recipe, settings: TokenizerRecipe) -> Tokenizer:

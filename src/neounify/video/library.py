@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 from neounify.errors import VideoError, install_command, missing_extra
+
+
+def has_video_library() -> bool:
+    """Whether the extra `video` is installed."""
+    return find_spec("av") is not None
 
 
 def video_library() -> ModuleType:
