@@ -46,9 +46,13 @@ def test_the_page_runs_as_it_stands(here: Path) -> None:
                 result = neounify(*words[1:])
                 assert result.exit_code == 0, f"{command}\n{result.output}"
                 commands += 1
-    assert commands == 8
+    assert commands == 12
     assert (here / "mine" / "wall.png").is_file()
-    for folder in ("shards", "forms-run"):
+    assert (here / "mine" / "bar.mp4").stat().st_size > 500
+    assert "64x64, 8 frames, 32 tokens, to generate" in (here / "mine" / "clips.html").read_text()
+    samples = {file.name for file in (here / "mine" / "clips-run" / "samples").iterdir()}
+    assert {"step-00000004-clips.png", "step-00000004-1.mp4"} <= samples
+    for folder in ("shards", "forms-run", "clips-run"):
         assert not (here / "mine" / folder / "skipped.txt").exists()
     assert "<mark>Nothing." in (here / "mine" / "preview.html").read_text(encoding="utf-8")
     lines = (here / "mine" / "run" / "log.jsonl").read_text().splitlines()

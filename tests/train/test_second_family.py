@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from neounify.config import VideoConfig
 from neounify.errors import ConfigError
 from neounify.pipeline import load
 from neounify.text.forms import PIXELUMM
@@ -18,7 +19,7 @@ from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.previews import SampleGrid
 from neounify.train.recipe import Recipe, recipe_from_table
-from neounify.train.setup import build_setup
+from neounify.train.setup import build_setup, recipe_config
 from neounify.video.read import read_video
 from support.models import one_thread
 from support.own_data import png, text_record, write_lines
@@ -103,6 +104,17 @@ def _check_previews(folder: Path) -> None:
     sheet = np.asarray(Image.open(folder / "step-00000002-clips.png"))
     assert sheet.shape[1] > 8 * 128
     assert not (folder / "step-00000002.png").exists()
+
+
+def test_a_model_of_images_gains_tubes() -> None:
+    """Of a preset, or of a checkpoint, whose other weights stay."""
+    changes = {"video": {"tube_frames": 2, "und": True}, "capabilities": ["chat", "generate_video"]}
+    asked = recipe(model={"preset": "tiny", "changes": changes})
+    config = recipe_config(asked)
+    assert config.video == VideoConfig(tube_frames=2, und=True)
+    assert config.capabilities == ("chat", "generate_video")
+    with pytest.raises(ConfigError, match=r"model\.changes\.video: .*frames"):
+        recipe_config(recipe(model={"preset": "tiny", "changes": {"video": {"frames": 2}}}))
 
 
 def test_previews_of_a_recipe_follow_its_data(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from neounify.attention import select
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
-from neounify.config import ModelConfig
+from neounify.config import ModelConfig, VideoConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
 from neounify.data.configs import DataConfig
@@ -230,6 +230,8 @@ def _checked_changes(base: Any, changes: Mapping[str, Any], where: str) -> dict[
     checked: dict[str, Any] = {}
     for name, value in changes.items():
         before = getattr(base, name)
+        if name == "video" and before is None and isinstance(value, Mapping):
+            before = VideoConfig()
         if is_dataclass(before) and isinstance(value, Mapping):
             inner = _checked_changes(before, value, f"{where}.{name}")
             checked[name] = replace(before, **inner)  # type: ignore[type-var]
