@@ -23,7 +23,7 @@ from neounify.data.sample import ClipFile, ClipReading, DataError, Sample, Sampl
 from neounify.data.sources import FileSource
 from neounify.model import Image, Noise, Text
 from neounify.model.layout import Grid
-from neounify.pipeline.videos import read_frames
+from neounify.pipeline.videos import read_condition, read_frames
 from neounify.tasks.chat import make_chat_request, prompt_of
 from neounify.tasks.clips import frame_bounds
 from neounify.tasks.program import Processor
@@ -195,14 +195,22 @@ def test_the_rate_of_a_source_moves_tubes_apart(folder: Path) -> None:
 
 
 def test_the_next_frames_follow_the_first_ones_at_one_rate(folder: Path) -> None:
-    (folder / "b.mp4").write_bytes(clip_bytes(numbered(20)[14:], fps=8))
+    (folder / "b.mp4").write_bytes(clip_bytes(numbered(20)[10:], fps=8))
     record = {**film(["b.mp4", "b.mp4"]), "conversations": turns("<video>Go on.", "<video>")}
-    encoded = encode(source_of(folder, record)[0], encoder_of())
+    config = MOTION.replace(capabilities=(*MOTION.capabilities, "continue_video"))
+    encoded = encode(source_of(folder, record)[0], encoder_of(config))
     assert encoded.task == "next_frames"
     kinds = [type(span) for span in encoded.document.spans]
-    assert kinds == [Text, Image, Text, Image, Text, Noise]  # two tubes, the second one filled
-    assert levels(encoded.images[1]) == [18, 19, 19, 19]
-    assert levels(encoded.targets[0]) == [14, 15, 16, 17]  # one whole tube
+    assert kinds == [Text, Image, Text, Image, Text, Noise]
+    frames = read_condition(folder / "b.mp4", config, 8)
+    assert levels(np.concatenate(encoded.images)) == levels(np.stack([*map(np.asarray, frames)]))
+    assert levels(encoded.images[0]) == [
+        12,
+        13,
+        14,
+        15,
+    ]  # without the first two, which fill no tube
+    assert levels(encoded.targets[0]) == list(range(10, 18))  # without the last two
     assert "<0.5 seconds>" in TOKENIZER.decode(encoded.ids)
 
 

@@ -68,16 +68,22 @@ def _consecutive(part: ClipFile, config: ModelConfig, target_area: int) -> Sampl
     multiple, defaults, reading = tube_frames(config), config.sampling.video, part.reading
     fps, most = reading.target_fps or defaults.fps, defaults.frames
     area, cut = target_area, part.loss and reading.target_frames is not None
+    tubes = config.video is not None and config.video.und
+    tube = multiple if tubes else 1
     if part.loss:
         most = reading.target_frames or most
     else:
-        multiple, area = 1, frame_bounds(config, 1)[1]
+        multiple, most, area = 1, defaults.max_frames, frame_bounds(config, 1)[1]
     choice = FrameChoice(fps=fps, max_frames=most, multiple=multiple, cut=cut)
     limits = VideoLimits()
     bound = min(RESERVE * area, limits.output_pixels // most)
     video = read_video(part.file, choice, limits=limits, frame_pixels=max(1, bound))
-    tubes = config.video is not None and config.video.und
-    return SampleClip(video.images, part.role, fps=fps, tubes=tubes)
+    images = video.images
+    if not part.loss:  # as `read_condition` takes them, without the first ones that fill no tube
+        if len(images) < tube:
+            raise VideoError(f"has {len(images)} frames at {fps:g} a second, a tube {tube}")
+        images = images[len(images) % tube :]
+    return SampleClip(images, part.role, fps=fps, tubes=tubes)
 
 
 def _named(part: ClipFile, text: str) -> DataError:
