@@ -198,7 +198,8 @@ def test_the_next_frames_follow_the_first_ones_at_one_rate(folder: Path) -> None
     (folder / "b.mp4").write_bytes(clip_bytes(numbered(20)[10:], fps=8))
     record = {**film(["b.mp4", "b.mp4"]), "conversations": turns("<video>Go on.", "<video>")}
     config = MOTION.replace(capabilities=(*MOTION.capabilities, "continue_video"))
-    encoded = encode(source_of(folder, record)[0], encoder_of(config))
+    source = source_of(folder, record, clips={"target_frames": 8})
+    encoded = encode(source[0], encoder_of(config))
     assert encoded.task == "next_frames"
     kinds = [type(span) for span in encoded.document.spans]
     assert kinds == [Text, Image, Text, Image, Text, Noise]
