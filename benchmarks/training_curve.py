@@ -25,7 +25,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from neounify.train.loss import T_INTERVALS
 
-ACCURACIES = {"vqa": "answers", "caption": "captions", "t2i_think": "thoughts before images"}
+ACCURACIES = {
+    "vqa": "answers",
+    "caption": "captions",
+    "t2i_think": "thoughts before images",
+    "video_qa": "answers about clips",
+    "video_caption": "captions of clips",
+}
 SMOOTHED = 25
 """Reports that are averaged, where a stage has many more of them than a chart can show."""
 FAINT = 0.25

@@ -10,9 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from neounify.cli.app import app
 
 RECIPE = """
 name = "stopped"
@@ -64,19 +61,3 @@ def test_a_signal_ends_a_run_with_the_way_to_resume(tmp_path: Path, number: sign
     assert process.returncode not in (0, None)
     assert "--resume auto" in output
     assert "Traceback" not in output
-
-
-def test_a_restart_goes_on_from_the_newest_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the run was started from a named state."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("100000", "2").replace("log_every", "save_every"))
-    command = ["train", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    first, second = sorted((tmp_path / "run" / "states").iterdir())
-    again = [*command[:-1], "--resume", str(first)]
-    assert f"resuming from {first}" in CliRunner().invoke(app, again).stderr
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for started_with in (again, command[:-1]):
-        assert f"resuming from {second}" in CliRunner().invoke(app, started_with).stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -95,6 +95,7 @@ def load_checkpoint(
     shares: Mapping[str, Share] | None = None,
     quantise: str | None = None,
     backend: str = "auto",
+    before: Callable[[ModelConfig, torch.dtype], None] = lambda config, dtype: None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
@@ -114,13 +115,11 @@ def load_checkpoint(
     keeps `resident_layers` of each stream, None as many as fit; "auto" the first that fits. Use the
     returned `residency` around every use of the model: weights may not be there before. plan:
     "check" refuses what does not fit before a weight is read (`checkpoint.fit`); "ignore" tries.
-    The returned `checkpoint` shares its mappings with the model.
-    shares: of the tensors named, only these parts are read, those of a rank.
+    shares: of the tensors named, only these parts are read. before: may refuse config and dtype.
 
     NaN and infinite weights are refused: every converted value is looked at, of mapped tensors
-    the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
-    and no memory). Raises CheckpointError, ConfigError, RequestError, or MemoryPlanError, which an
-    error of memory becomes too.
+    the first 4 KiB; `verify=True` reads mapped tensors whole. Raises CheckpointError, ConfigError,
+    RequestError, or MemoryPlanError, which an error of memory becomes too.
     """
     check_memory(memory, plan)
     checkpoint = _opened(folder, config)
@@ -128,6 +127,7 @@ def load_checkpoint(
     target_device = resolve_device(device)
     choice = choose_dtype(dtype, checkpoint, target_device.type)
     check_dtype(choice.dtype, target_device)
+    before(checkpoint.config, choice.dtype)
     new = f", layers quantised to {quantise}" if quantise else ""
     log.info("loading %s in %s%s", checkpoint.path.name, choice, new)
     model = meta_model(checkpoint.config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from neounify.attention import check_backend, select
-from neounify.checkpoint.dtypes import Dtype, choose_dtype
+from neounify.checkpoint.dtypes import Dtype
 from neounify.checkpoint.load import (
     Memory,
     PlanUse,
@@ -157,20 +157,23 @@ def load_rank(
     home = checkpoint_home(options.folder, options.config)
     # Before the weights: a folder without a tokenizer should say so at once.
     tokenizer = Tokenizer.from_folder(home, ())
-    checkpoint, place = CheckpointFolder.open(options.folder, home), resolve_device(device)
-    dtype = choose_dtype(options.dtype, checkpoint, place.type)
-    select(place, dtype.dtype, checkpoint.config.head_dim, options.attention)
+    place = resolve_device(device)
+
+    def check_attention(config: ModelConfig, dtype: torch.dtype) -> None:
+        select(place, dtype, config.head_dim, options.attention)
+
     if options.compile:
         check_compile(place)
     parts = None
     if cut and group.size > 1:
         from neounify.distributed.tensor import join, shares
 
-        parts = shares(checkpoint.config, expected_shapes(checkpoint.config), group)
+        shared = CheckpointFolder.open(options.folder, home).config
+        parts = shares(shared, expected_shapes(shared), group)
     loaded = load_checkpoint(
         options.folder,
         config=home,
-        dtype=dtype,
+        dtype=options.dtype,
         device=place,
         lora=options.lora,
         lora_strength=options.lora_strength,
@@ -181,6 +184,7 @@ def load_rank(
         quantise=options.quantise,
         backend=options.backend,
         shares=parts,
+        before=check_attention,
     )
     tokenizer.require(TEMPLATES[loaded.model.config.template].tokens)
     if parts is not None:
