@@ -120,11 +120,11 @@ def test_separate_engines_of_the_second_family_answer_as_the_pipeline(tmp_path: 
     video = pipe.generate_requests([clips]).videos[0]
     assert (torch.cat(parts) - video.frames.int()).abs().max() <= 1
     texts = ["".join(e.text for e in one if isinstance(e, TextPiece)) for one in answers]
-    told = [pipe.chat("What moves?", video=one, max_new_tokens=6) for one in shown]
-    assert texts == [answer.text for answer in told]
+    alone = [pipe.chat("What moves?", video=one, max_new_tokens=6) for one in shown]
+    assert texts == [answer.text for answer in alone]
     ends = [next(e for e in one if isinstance(e, Finished)) for one in answers]
-    assert [end.prompt_tokens for end in ends] == [answer.prompt_tokens for answer in told]
-    assert told[0].prompt_tokens != told[1].prompt_tokens
+    assert [end.prompt_tokens for end in ends] == [answer.prompt_tokens for answer in alone]
+    assert alone[0].prompt_tokens != alone[1].prompt_tokens
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")

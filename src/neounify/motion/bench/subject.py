@@ -15,8 +15,7 @@ from neounify.motion.world.scene import FPS
 from neounify.pipeline import Pipeline
 from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
-from neounify.tasks.video import clip_shape
-from neounify.tasks.video import in_tubes as tubes_of
+from neounify.tasks.video import clip_shape, in_tubes
 from neounify.text.clips import clip_text
 
 MAX_ANSWER_TOKENS = 32
@@ -129,8 +128,8 @@ class PipelineMotionSubject:
 
 def _shown(config: ModelConfig, clip: Clip) -> Frames:
     """A clip that questions are about: all frames in tubes, or every second one as an image."""
-    in_tubes = config.video is not None and config.video.und
-    step = 1 if in_tubes else frame_step(SHOWN_FPS)
+    sees_tubes = config.video is not None and config.video.und
+    step = 1 if sees_tubes else frame_step(SHOWN_FPS)
     numbers = range(0, len(clip), step)
     images, times = [Image.fromarray(clip[n]) for n in numbers], [n / FPS for n in numbers]
-    return tubes_of(config, images, times) if in_tubes else Frames(images, times)
+    return in_tubes(config, images, times) if sees_tubes else Frames(images, times)

@@ -25,7 +25,7 @@ from neounify.serve.http.images import form_values, validated
 from neounify.serve.http.serving import ServerState, State, request_metadata
 from neounify.serve.http.video_jobs import Status, VideoJob
 from neounify.tasks.image import ImageRequest
-from neounify.tasks.program import FramesFinished, Preview
+from neounify.tasks.program import ClipFrames, FramesFinished, Preview
 from neounify.tasks.video import clip_shape
 from neounify.video.clip import Video
 
@@ -168,7 +168,7 @@ async def _frames(job: VideoJob, state: ServerState) -> torch.Tensor:
 
 
 async def _attempt(job: VideoJob, state: ServerState, deadline: float) -> torch.Tensor:
-    frames: list[torch.Tensor] = []
+    frames = ClipFrames(job.request.frames)
     events: Any = state.service.answer(job.request, previews=PREVIEWS, deadline=deadline)
     async with aclosing(events):
         async for event in events:
@@ -178,11 +178,9 @@ async def _attempt(job: VideoJob, state: ServerState, deadline: float) -> torch.
                 job.progress = min(99, 100 * event.step // event.steps)
             elif isinstance(event, FramesFinished):
                 await asyncio.to_thread(_check, event, state)
-                frames.append(event.frames)
+                frames.put(event)
                 job.evaluations = event.evaluations
-    if sum(map(len, frames)) != job.request.frames:
-        raise RuntimeError(f"{job.request.frames} frames were due, {sum(map(len, frames))} came")
-    return torch.cat(frames)
+    return frames.whole()
 
 
 def _check(event: FramesFinished, state: ServerState) -> None:
