@@ -28,14 +28,19 @@ STORY = (
     "background. Draw a blue star in the bottom right."
 )
 
-# Keeps what every image of the page showed, in order: (state of its tile, hash of its URL).
+LONG = "1000"
+"""Steps of a tiny model that last for several of the page's looks at the server."""
+
+# Keeps what every image of the page showed, in order: (state of its tile, its URL, its caption).
 _WATCH = """
 window.shown = [];
 new MutationObserver((changes) => {
   for (const { target, addedNodes } of changes) {
     for (const node of [target, ...addedNodes]) {
       const tile = node.closest?.(".tile");
-      if (node.tagName === "IMG" && tile) window.shown.push([tile.dataset.state, node.src]);
+      if (node.tagName !== "IMG" || !tile) continue;
+      const words = tile.querySelector("figcaption").textContent;
+      window.shown.push([tile.dataset.state, node.src, words]);
     }
   }
 }).observe(document.body, { subtree: true, childList: true, attributeFilter: ["src"] });
@@ -83,9 +88,8 @@ def generating(browser: WebDriver, base_url: str) -> list[str]:
     assert "Step" in text_of(browser, "#generate figcaption")
     wait_until_done(browser, "#generate")
     assert_finished(browser, "#generate", 1)
-    shown: list[tuple[str, str]] = browser.execute_script("return window.shown")
     final = find(browser, "#generate .tile img").get_attribute("src")
-    previews = list(dict.fromkeys(url for state, url in shown if state == "generating"))
+    previews = list(previews_shown(browser))
     assert len(previews) >= 2, f"{len(previews)} previews"
     assert final not in previews
     return previews
@@ -163,15 +167,21 @@ def variations(browser: WebDriver, base_url: str) -> None:
 def video(browser: WebDriver, base_url: str) -> list[str]:
     """Video: previews of a frame, then the video, which plays; gives the previews' URLs."""
     open_page(browser, base_url, "video")
-    enter(browser, "#setting-steps", "200")  # long enough to be seen
+    enter(browser, "#setting-steps", LONG)
     enter(browser, "#video-input", "A red circle moves to the right.")
     click(browser, "#video .primary")
-    wait(browser, lambda: bool(find_all(browser, "#video [data-state=generating] img")))
-    assert "% of 8 frames" in text_of(browser, "#video figcaption")
+    wait_for(browser, "#video .card", 1)
     wait_until_done(browser, "#video")
     assert_plays(browser, "#video .tile[data-state=finished] video")
-    shown: list[tuple[str, str]] = browser.execute_script("return window.shown")
-    return list(dict.fromkeys(url for state, url in shown if state == "generating"))
+    previews = previews_shown(browser)
+    assert all("% of 8 frames" in words for words in previews.values())
+    return list(previews)
+
+
+def previews_shown(browser: WebDriver) -> dict[str, str]:
+    """The caption of each preview that the page has shown, by its URL."""
+    shown: list[tuple[str, str, str]] = browser.execute_script("return window.shown")
+    return {url: words for state, url, words in shown if state == "generating"}
 
 
 def assert_plays(browser: WebDriver, selector: str) -> None:
