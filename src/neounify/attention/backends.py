@@ -353,8 +353,8 @@ def masked_attention(
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
-    return weights.to(q.dtype) @ v
+    unseen = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+    return (scores + unseen).softmax(dim=-1) @ v
 
 
 def attend_tokens(
