@@ -113,6 +113,12 @@ def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
         (FlowConfig, {"noise_draw": "rows"}, "noise_draw 'rows' is unknown; known are image"),
         (FlowConfig, {"first_time": 1.0}, "first_time must be at least 0 and below 1, got 1.0"),
         (VideoConfig, {"tube_frames": 0}, "tube_frames must be at least 1, got 0"),
+        (VideoConfig, {"image_weights": True}, "tube_frames 4 must be 1, und false"),
+        (
+            VideoConfig,
+            {"tube_frames": 1, "und": True, "image_weights": True},
+            "image_weights are for tubes of one frame that are seen as images",
+        ),
         (VideoConfig, {"position_fps": 0.0}, "position_fps must be positive"),
         (VideoDefaults, {"frame_min_pixels": 9, "frame_max_pixels": 8}, "9..8.* do not ascend"),
         (VideoDefaults, {"fps": 0.0}, "video.fps must be positive"),

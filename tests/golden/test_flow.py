@@ -11,7 +11,7 @@ import torch
 
 from neounify.checkpoint import load_model
 from neounify.flow.path import initial_noise, noise_scale, timesteps
-from neounify.model.neo import sinusoids
+from neounify.model.embed import sinusoids
 from support.golden import load_fixture, needs_golden
 from support.models import assert_close, one_thread
 

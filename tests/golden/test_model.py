@@ -21,8 +21,8 @@ from neounify.engine.understanding import forward_und
 from neounify.flow.path import velocity
 from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
+from neounify.model.embed import PatchEmbed
 from neounify.model.layout import Document, Grid, grid_patches
-from neounify.model.neo import PatchEmbed
 from neounify.model.parts import GEN, UND
 from neounify.model.stream import SparseMlp, patch_rotation, rotate_patches
 from support import reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neounify.config import VideoConfig
-from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
+from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Grid
 from neounify.model.parts import GEN, UND
 from support import reference
@@ -209,3 +209,36 @@ def test_heads_predict_some_rows_of_images_and_clips() -> None:
     for rows in (range(5), range(1, 4), range(4, 10), range(2, 6)):
         part = model.clean_prediction(hidden[rows.start : rows.stop], grids, rows)
         torch.testing.assert_close(part, whole[rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("head", ["flow", "pixel"])
+def test_a_frame_with_the_weights_of_images_is_an_image(head: str) -> None:
+    """The first frame is predicted as the image is that stands there; with two, each is read."""
+    video = VideoConfig(tube_frames=1, image_weights=True)
+    config = random_config(random.Random(0), image_head=head, patch_embed="conv", video=video)
+    model = random_model(config, 0)
+    assert not {"gen_tube", "video_head"} & {name for name, _ in model.named_children()}
+    pixels = torch.randn(12, config.token_width, generator=torch.Generator().manual_seed(0))
+
+    def predicted(*noise: Noise) -> torch.Tensor:
+        layout = Layout([Document((Text(2), *noise))])
+        count = len(noise)
+        batch = ModelBatch(
+            layout=layout,
+            attend=plan(layout),
+            ids=torch.tensor([1, 2]),
+            z=pixels[: layout[GEN].length],
+            t=torch.full((count,), 0.5),
+            noise_scale=torch.ones(count),
+        )
+        clean = model(batch).clean
+        assert clean is not None
+        return clean
+
+    image = predicted(Noise(2, 3))
+    assert torch.equal(predicted(Noise(2, 3, 1)), image)
+    both = predicted(Noise(2, 3, 2, 1.0))
+    assert both.shape == (12, config.token_width)
+    assert (both[:6] - image).abs().max() > 1e-4  # the frames see each other
+    beside = predicted(Noise(2, 3), Noise(2, 3, 1))
+    torch.testing.assert_close(beside[:6], image)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from neounify.model import Document, Layout, Noise
-from neounify.model.heads import PixelHead
+from neounify.model.embed import ScalarEmbed, sinusoids
+from neounify.model.heads import FlowHead, PixelHead
 from neounify.model.layout import Grid
-from neounify.model.neo import FlowHead, ScalarEmbed, sinusoids
 from neounify.model.stream import (
     RMSNorm,
     attention_rotation,

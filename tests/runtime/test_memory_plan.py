@@ -52,6 +52,7 @@ def row(name: str, mode: Mode, machine: Machine = RTX_4090) -> memory_rows.PlanR
         BENCH.replace(tie_embeddings=True),
         PIXELUMM_8B.replace(num_layers=1),
         SCENES.replace(video=VideoConfig(tube_frames=2)),
+        SCENES.replace(video=VideoConfig(tube_frames=1, image_weights=True)),
     ],
     ids=[
         "bench",
@@ -63,6 +64,7 @@ def row(name: str, mode: Mode, machine: Machine = RTX_4090) -> memory_rows.PlanR
         "tied",
         "linear",
         "tubes",
+        "frames as images",
     ],
 )
 def test_units_count_every_parameter_of_a_model(config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
-from neounify.model.neo import sinusoid_frequencies
+from neounify.model.embed import sinusoid_frequencies
 from neounify.model.stream import frequencies
 from support import reference
 from support.attention import plan

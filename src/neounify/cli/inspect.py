@@ -195,9 +195,11 @@ def _video_facts(c: ModelConfig) -> list[tuple[str, str]]:
     if not {"chat_video", "generate_video"}.intersection(c.capabilities):
         return []
     if c.video is not None:
-        seen = "" if c.video.und else ", generated alone: videos are seen as images"
-        side = c.token_size
-        facts.append(("video token", f"{c.video.tube_frames} frames of {side}x{side} pixels{seen}"))
+        seen = "" if c.sees_tubes else ", generated alone: videos are seen as images"
+        frames = f"{c.video.tube_frames} frames" if c.video.tube_frames > 1 else "one frame"
+        weights = ", by the weights of images" if c.clips_are_images else ""
+        size = f"{c.token_size}x{c.token_size} pixels"
+        facts.append(("video token", f"{frames} of {size}{weights}{seen}"))
     if "generate_video" in c.capabilities:
         width, height = video.size
         facts.append(

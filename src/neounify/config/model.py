@@ -260,7 +260,8 @@ class MlpConfig:
 class VideoConfig:
     """Video of a model: `tube_frames` frames of a token's side are one token, a tube.
 
-    The generation stream has an embedding and a head of tubes. Raises ConfigError.
+    The generation stream has an embedding and a head of tubes, or those of images do for tubes of
+    one frame: so a model of images becomes one of clips without new weights. Raises ConfigError.
     """
 
     tube_frames: int = 4
@@ -269,9 +270,16 @@ class VideoConfig:
     """Whether the understanding stream has an embedding of tubes too."""
     position_fps: float = 24.0
     """Frames per second at which a tube takes one step of t; at others it takes this / fps."""
+    image_weights: bool = False
+    """Whether frames to generate are embedded and read out as images are; tubes of one frame."""
 
     def __post_init__(self) -> None:
         require(self.tube_frames >= 1, f"tube_frames must be at least 1, got {self.tube_frames}")
+        require(
+            not self.image_weights or (self.tube_frames == 1 and not self.und),
+            "image_weights are for tubes of one frame that are seen as images: "
+            f"tube_frames {self.tube_frames} must be 1, und false",
+        )
         require(
             0 < self.position_fps < math.inf,
             f"position_fps must be positive and finite, got {self.position_fps}",
@@ -373,6 +381,21 @@ class ModelConfig:
     def tube_width(self) -> int:
         """Numbers in a tube; 0 without video."""
         return self.video.tube_frames * self.token_width if self.video is not None else 0
+
+    @property
+    def clips_are_images(self) -> bool:
+        """Whether frames to generate are embedded and read out as images are."""
+        return self.video is not None and self.video.image_weights
+
+    @property
+    def seen_tube_frames(self) -> int:
+        """Frames of a tube that the understanding stream embeds; 1 where it sees images alone."""
+        return self.video.tube_frames if self.video is not None and self.video.und else 1
+
+    @property
+    def sees_tubes(self) -> bool:
+        """Whether the understanding stream has an embedding of tubes."""
+        return self.video is not None and self.video.und
 
     def check_can(self, capability: Capability) -> None:
         """Raise RequestError, in one sentence, for what the model was not trained for."""

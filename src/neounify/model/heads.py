@@ -1,7 +1,7 @@
-"""Further embeddings and heads: linear ones of pixels and tubes, and the head of convolutions.
+"""Heads that turn states into pixels: one row per token.
 
-A row of pixels is a token's C×C block in order (row, column, channel), a tube F frames of it in
-order (frame, row, column, channel). Values are in about [-1, 1].
+A row is a token's C×C block in order (row, column, channel), a tube F frames of it in order (frame,
+row, column, channel). Values are in about [-1, 1].
 """
 
 from __future__ import annotations
@@ -17,31 +17,23 @@ from torch.nn.functional import gelu, pixel_shuffle
 
 from neounify.config import ModelConfig
 from neounify.image.pixels import patchify
-from neounify.model.layout import Grid, StreamRows
+from neounify.model.layout import Grid
 from neounify.model.stream import RMSNorm
 
 
-class PixelEmbed(nn.Module):
-    """One stream's image embedding: one Linear over the pixels of a token."""
+class FlowHead(nn.Module):
+    """Each token alone: Linear, GELU, Linear."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.token_width, config.hidden_size)
+        self.linear1 = nn.Linear(config.hidden_size, config.flow_head_width)
+        self.linear2 = nn.Linear(config.flow_head_width, config.token_width)
 
-    def forward(self, pixels: Float[Tensor, "n ccc"], rows: StreamRows) -> Float[Tensor, "n d"]:
-        """`rows` are not needed: where a token stands does not enter its embedding."""
-        return self.proj(pixels)
-
-
-class TubeEmbed(nn.Module):
-    """One stream's video embedding: one Linear over the pixels of a tube."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.proj = nn.Linear(config.tube_width, config.hidden_size)
-
-    def forward(self, tubes: Float[Tensor, "n fccc"]) -> Float[Tensor, "n d"]:
-        return self.proj(tubes)
+    def forward(
+        self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
+    ) -> Float[Tensor, "n ccc"]:
+        """`grids` of the images is not needed: tokens stand alone."""
+        return self.linear2(gelu(self.linear1(hidden)))
 
 
 class LinearHead(nn.Module):
@@ -109,5 +101,9 @@ class PixelHead(nn.Module):
         return pixel_shuffle(x, self.last_shuffle)
 
 
-IMAGE_HEADS: Mapping[str, type[nn.Module]] = {"pixel": PixelHead, "linear": LinearHead}
-"""Image heads by `ModelConfig.image_head`, besides the flow head."""
+IMAGE_HEADS: Mapping[str, type[nn.Module]] = {
+    "flow": FlowHead,
+    "pixel": PixelHead,
+    "linear": LinearHead,
+}
+"""Image heads by `ModelConfig.image_head`."""

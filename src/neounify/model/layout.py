@@ -73,7 +73,7 @@ class Grid:
 
     @classmethod
     def of(cls: type[G], grid: Grid) -> G:
-        """The same rows, columns and tubes as an object of this class."""
+        """The same rows, columns, tubes and step as an object of this class."""
         return cls(grid.rows, grid.columns, grid.tubes, grid.step)
 
     @classmethod
@@ -375,6 +375,11 @@ class Layout(_Derived):
     def last_rows(self) -> list[int]:
         """The row of each document's last understanding token."""
         return [stop - 1 for _, stop in self[UND].ranges]
+
+
+def stills(grids: Sequence[Grid]) -> list[Grid]:
+    """The grids with those of clips as one image for every tube."""
+    return [Grid(grid.rows, grid.columns) for grid in grids for _ in range(max(1, grid.tubes))]
 
 
 def grid_patches(

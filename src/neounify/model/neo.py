@@ -1,33 +1,27 @@
 """The whole model: tokens and pixels in, text logits and predicted clean images out.
 
-Pixels become tokens by a patch convolution, a rotation by place and a merging convolution. Both
-convolutions have stride = kernel, so each is a matrix product on patches that are already cut out;
-any number of images of any size goes through one call. Image heads return one row per token: its
-C×C pixel block in order (row, column, channel), in about [-1, 1]. Other embeddings and heads are
-in `heads`.
+Pixels become tokens by the layers of `embed`, and states pixels by those of `heads`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
 from neounify.image.clips import join_rows, tube_rows
 from neounify.image.pixels import patchify
-from neounify.model import heads
-from neounify.model.layout import Grid, Kind, Layout, Rows, StreamRows, grid_patches
+from neounify.model import embed, heads
+from neounify.model.layout import Grid, Kind, Layout, Rows, StreamRows, stills
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import (
     Attend,
@@ -40,8 +34,6 @@ from neounify.model.stream import (
     attention_rotation,
     frozen_linear,
     onednn_is_faster,
-    patch_rotation,
-    rotate_patches,
 )
 
 Logits = Callable[[Tensor], Tensor]
@@ -71,7 +63,7 @@ class ModelBatch:
 
 
 class ModelOutput(NamedTuple):
-    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, C²·channels].
+    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂, a row for each of z.
 
     `states`: what the image head read, [G, D]. None of a stream that was not in the call.
     """
@@ -98,23 +90,22 @@ class NeoUnify(nn.Module):
         self.kv_heads = config.num_kv_heads
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        embed = PatchEmbed if config.patch_embed == "conv" else heads.PixelEmbed
-        self.und_patch, self.gen_patch = embed(config), embed(config)
-        if config.video is not None:
-            self.gen_tube, self.video_head = heads.TubeEmbed(config), heads.TubeHead(config)
-            if config.video.und:
-                self.und_tube = heads.TubeEmbed(config)
+        patch_embed = embed.PATCH_EMBEDS[config.patch_embed]
+        self.und_patch, self.gen_patch = patch_embed(config), patch_embed(config)
+        if config.video is not None and not config.clips_are_images:
+            self.gen_tube, self.video_head = embed.TubeEmbed(config), heads.TubeHead(config)
+            if config.sees_tubes:
+                self.und_tube = embed.TubeEmbed(config)
         if config.flow.time_embedding or config.flow.unread_time_embedder:
-            self.timestep_embedder = ScalarEmbed(size)
+            self.timestep_embedder = embed.ScalarEmbed(size)
         if config.flow.noise_scale_embedding:
-            self.noise_scale_embedder = ScalarEmbed(size)
+            self.noise_scale_embedder = embed.ScalarEmbed(size)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
         self.und_norm = RMSNorm(size, eps)
         self.gen_norm = RMSNorm(size, eps)
         if config.lm_head and not config.tie_embeddings:
             self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
-        head = FlowHead if config.image_head == "flow" else heads.IMAGE_HEADS[config.image_head]
-        self.image_head = head(config)
+        self.image_head = heads.IMAGE_HEADS[config.image_head](config)
 
     @property
     def device(self) -> torch.device:
@@ -154,9 +145,9 @@ class NeoUnify(nn.Module):
         if token_ids.numel():
             parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
         side, channels = self.config.token_size, self.config.channels
-        stills = [patchify(image[None], side, channels)[0] for image in images if image.ndim == 3]
-        if stills:
-            parts.append(self.und_patch(torch.cat(stills).to(self.compute_dtype), rows))
+        pictures = [patchify(image[None], side, channels)[0] for image in images if image.ndim == 3]
+        if pictures:
+            parts.append(self.und_patch(torch.cat(pictures).to(self.compute_dtype), rows))
         tubes = [tube_rows(image, side, len(image)) for image in images if image.ndim == 4]
         if tubes:
             parts.append(self.und_tube(torch.cat(tubes).to(self.compute_dtype)))
@@ -197,6 +188,8 @@ class NeoUnify(nn.Module):
 
     def _embed_pixels(self, z: Float[Tensor, "g _ccc"], rows: StreamRows) -> Float[Tensor, "g d"]:
         """Embedding of noisy pixels, padding left out: each kind of token by its own layers."""
+        if self.config.clips_are_images:
+            return self.gen_patch(z, rows)
         parts: list[Tensor] = []
         widths: dict[Kind, int] = {"image": self.config.token_width, "tube": self.config.tube_width}
         for kind, width in widths.items():
@@ -282,8 +275,8 @@ class NeoUnify(nn.Module):
         `hidden` are the rows of all `grids`, or some `rows` of them.
         """
         tubes = [bool(grid.tubes) for grid in grids]
-        if not any(tubes):
-            return self.image_head(hidden, grids)
+        if self.config.clips_are_images or not any(tubes):
+            return self.image_head(hidden, stills(grids))
         if all(tubes):
             return self.video_head(hidden)
         ends = np.cumsum([0, *(grid.length for grid in grids)])
@@ -338,9 +331,9 @@ class NeoUnify(nn.Module):
         grid = Grid.of_pixels(image.shape[-2], image.shape[-1], self.config.token_size)
         if image.ndim == 3:
             return grid
-        video = self.config.video
-        if video is None or not video.und or len(image) != video.tube_frames:
-            tubes = f"tubes of {video.tube_frames}" if video and video.und else "no tubes"
+        c = self.config
+        if not c.sees_tubes or len(image) != c.seen_tube_frames:
+            tubes = f"tubes of {c.seen_tube_frames}" if c.sees_tubes else "no tubes"
             raise ValueError(f"{len(image)} frames are no tube: the model reads {tubes}")
         return replace(grid, tubes=1)
 
@@ -402,99 +395,3 @@ class NeoUnify(nn.Module):
 
 def _sizes(grids: Sequence[Grid]) -> str:
     return ", ".join(map(str, grids)) or "no"
-
-
-# --- image and scalar embeddings ---
-
-
-class PatchProjection(nn.Conv2d):
-    """A convolution with stride = kernel, applied to patches that are cut out: [n, c·k·k] in."""
-
-    def __init__(self, channels: int, width: int, kernel: int) -> None:
-        super().__init__(channels, width, kernel, stride=kernel)
-
-    def forward(self, patches: Float[Tensor, "n ckk"]) -> Float[Tensor, "n width"]:
-        return linear(patches, self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """One stream's image embedding; D is the model's width, P and M patch and merge side."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden, patch, merge = config.vision_hidden_size, config.patch_size, config.merge
-        self.patch = PatchProjection(config.channels, hidden, patch)
-        self.merge = PatchProjection(hidden, config.hidden_size, merge)
-        self.sides = {"m1": merge, "m2": merge, "p1": patch, "p2": patch, "c": config.channels}
-        self.rotation = merge, hidden, config.rope_theta_vision
-
-    def forward(self, pixels: Float[Tensor, "n ccc"], rows: StreamRows) -> Float[Tensor, "n d"]:
-        """Embed the tokens of all images of a stream, pixels in order (row, column, channel)."""
-        # M·M patches of (channel, row, column), the order of the patch convolution's weight.
-        cut = "n (m1 p1 m2 p2 c) -> (n m1 m2) (c p1 p2)"
-        x = gelu(self.patch(rearrange(pixels, cut, **self.sides)))
-        x = rotate_patches(x, self._rotation(rows, pixels.device))
-        # The order of the merging convolution's weight.
-        return self.merge(rearrange(x, "(n mm) hidden -> n (hidden mm)", n=pixels.shape[0]))
-
-    def _rotation(self, rows: StreamRows, device: torch.device) -> Rotation:
-        """Rotation of every patch by its place, made once for the layout."""
-        merge, hidden, theta = self.rotation
-
-        def make() -> Rotation:
-            cells = grid_patches(rows.grids_of("image"), merge, device).flatten(0, 1)
-            return patch_rotation(cells, hidden, theta)
-
-        return rows.derived(("patches", *self.rotation, device), make)
-
-
-NUM_FEATURES = 256
-
-
-@cache
-def sinusoid_frequencies(device: torch.device) -> Float[Tensor, " 128"]:
-    """10000^(-i/128), float32."""
-    half = NUM_FEATURES // 2
-    with torch.inference_mode(False):
-        exponent = torch.arange(half, dtype=torch.float32, device=device) / half
-        return torch.exp(-math.log(10_000) * exponent)
-
-
-def sinusoids(values: Float[Tensor, " n"]) -> Float[Tensor, "n 256"]:
-    """[cos(v·f), sin(v·f)] with f_i = 10000^(-i/128), float32; v is used as it is, in [0, 1]."""
-    angle = values.float()[:, None] * sinusoid_frequencies(values.device)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-class ScalarEmbed(nn.Module):
-    """Sinusoids, then Linear, SiLU, Linear to the model's width."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(NUM_FEATURES, size)
-        self.linear2 = nn.Linear(size, size)
-
-    def forward(
-        self, values: Float[Tensor, " n"], dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "n size"]:
-        """Embeddings in `dtype`, that of the model's activations."""
-        features = sinusoids(values).to(dtype)
-        return self.linear2(silu(self.linear1(features)))
-
-
-# --- image heads ---
-
-
-class FlowHead(nn.Module):
-    """Each token alone: Linear, GELU, Linear."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(config.hidden_size, config.flow_head_width)
-        self.linear2 = nn.Linear(config.flow_head_width, config.token_width)
-
-    def forward(
-        self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
-    ) -> Float[Tensor, "n ccc"]:
-        """`grids` of the images is not needed: tokens stand alone."""
-        return self.linear2(gelu(self.linear1(hidden)))

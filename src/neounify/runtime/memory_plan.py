@@ -133,12 +133,13 @@ def rest_units(config: ModelConfig) -> dict[StreamName, Unit]:
     )
     if config.patch_embed == "linear":
         patch = (config.token_width + 1) * d
-    tube = (config.tube_width + 1) * d if config.video is not None else 0
+    own_tubes = config.video is not None and not config.clips_are_images
+    tube = (config.tube_width + 1) * d if own_tubes else 0
     scalar = (256 + 1) * d + (d + 1) * d
     scalars = scalar * (flow.time_embedding or flow.unread_time_embedder)
     scalars += scalar * flow.noise_scale_embedding
     heads = _head_parameters(config) + (_linear_head(d, config.tube_width) if tube else 0)
-    und_tube = tube if config.video is not None and config.video.und else 0
+    und_tube = tube if config.sees_tubes else 0
     return {
         "und": Unit(rest=patch + und_tube + d),
         "gen": Unit(rest=patch + tube + d + scalars + heads),

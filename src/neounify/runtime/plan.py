@@ -186,7 +186,7 @@ def row_bytes(config: ModelConfig, stream: str, itemsize: float) -> float:
 
 def head_bytes(config: ModelConfig, itemsize: float, *, clip: bool = False) -> float:
     """Working memory of a row in the image or video head, whose result is cast to float32."""
-    if clip:
+    if clip and not config.clips_are_images:
         cast = 0 if itemsize == 4 else itemsize
         return itemsize * 2 * config.hidden_size + (4 + cast) * config.tube_width
     inner = config.flow_head_width if config.image_head == "flow" else config.token_width

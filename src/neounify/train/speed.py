@@ -24,9 +24,10 @@ from torch import nn
 from neounify.config import ModelConfig
 from neounify.data.loader import Pack
 from neounify.data.packing import cost_of
+from neounify.model.embed import PatchEmbed
 from neounify.model.heads import PixelHead
 from neounify.model.layout import Kind
-from neounify.model.neo import NeoUnify, PatchEmbed
+from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
 
@@ -91,8 +92,10 @@ class StepOperations:
         }
         heads: dict[Kind, nn.Module] = {"image": model.image_head}
         if self.config.video is not None:
-            patches[GEN, "tube"], heads["tube"] = model.gen_tube, model.video_head
-            if self.config.video.und:
+            shared = self.config.clips_are_images
+            patches[GEN, "tube"] = model.gen_patch if shared else model.gen_tube
+            heads["tube"] = model.image_head if shared else model.video_head
+            if self.config.sees_tubes:
                 patches[UND, "tube"] = model.und_tube
         embeds = {s: [module for (n, _), module in patches.items() if n == s] for s in STREAMS}
         in_und = _share([*layers[UND], *embeds[UND], model.embed_tokens]) > 0
