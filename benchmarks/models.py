@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 
 from neounify.cache import SequenceCache, new_cache
+from neounify.config import ModelConfig, VideoConfig
 from neounify.config.presets import BENCH
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.model import NeoUnify, Text
 from neounify.model.build import compile_streams
 
+BENCH_CLIPS = BENCH.replace(
+    video=VideoConfig(tube_frames=4), capabilities=(*BENCH.capabilities, "generate_video")
+)
+"""The same with tubes of 4 frames."""
 
-def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:
+
+def random_model(
+    dtype: torch.dtype, *, compiled: bool = False, config: ModelConfig = BENCH
+) -> NeoUnify:
     torch.manual_seed(0)
-    model = NeoUnify(BENCH).to(dtype).eval().requires_grad_(False)
+    model = NeoUnify(config).to(dtype).eval().requires_grad_(False)
     model.fuse()  # as a loaded one
     if compiled:
         compile_streams(model)

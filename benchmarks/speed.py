@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,10 +11,9 @@ import torch
 
 from benchmarks import counting
 from benchmarks.figure import Figure
-from benchmarks.models import new_cache, random_ids, random_model, read_text
+from benchmarks.models import BENCH_CLIPS, new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds, processor_seconds
 from neounify.config import TextSampling
-from neounify.config.presets import BENCH
 from neounify.engine.denoiser import DenoiseJob, Denoiser
 from neounify.engine.messages import Decode, LocalTransport, Prefill, TextInput, new_number
 from neounify.engine.sequences import ContiguousCaches, KVCacheManager, ModelInput
@@ -33,6 +32,8 @@ DECODED = 40
 GRIDS = {
     f"guided denoising step at {side}²": Grid(side // 32, side // 32) for side in (256, 512, 1024)
 }
+CLIPS = {"guided step of a clip of 64 frames at 256²": Grid(8, 8, tubes=16)}
+"""Of as many tokens as an image at 1024²."""
 PREFILLS = {
     "prefill of 1024 tokens": (Text(1024),),
     "prefill of 128 tokens and a 512² image": (Text(64), Image(16, 16), Text(64)),
@@ -56,8 +57,10 @@ def figures(dtype: torch.dtype, *, compiled: bool) -> Iterator[Figure]:
     model = random_model(dtype, compiled=compiled)
     with torch.inference_mode():
         yield from _prefill(model, machine, make)
-        yield from _denoise(model, machine, make)
+        yield from _denoise(model, GRIDS, machine, make)
         yield from _decode(model, machine, make)
+        clips = random_model(dtype, compiled=compiled, config=BENCH_CLIPS)
+        yield from _denoise(clips, CLIPS, machine, make)
 
 
 def _prefill(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
@@ -76,11 +79,14 @@ def _prefill(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
         yield _rate(make(name=name, value=seconds, unit="s"), model, machine.matmul_flops)
 
 
-def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
+def _denoise(
+    model: NeoUnify, grids: Mapping[str, Grid], machine: Machine, make: Make
+) -> Iterator[Figure]:
     cond, uncond = (read_text(model, length)[0] for length in PREFIXES)
     denoiser, first = Denoiser(model), 0.0
-    for name, grid in GRIDS.items():
-        noise = torch.randn(grid.length, 3 * 32**2)
+    for name, grid in grids.items():
+        config = model.config
+        noise = torch.randn(grid.length, config.tube_width if grid.tubes else config.token_width)
 
         def step(noise: torch.Tensor = noise, grid: Grid = grid) -> None:
             job = DenoiseJob(
@@ -98,7 +104,7 @@ def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
         seconds = median_seconds(step)
         note = ""
         if first:
-            more = operations(model, name) / operations(model, next(iter(GRIDS)))
+            more = operations(model, name) / operations(model, next(iter(grids)))
             note = f"time ×{seconds / first:.1f}, operations ×{more:.1f}"
         first = first or seconds
         figure = make(name=name, value=seconds, unit="s", note=note)
@@ -185,7 +191,7 @@ def operations(model: NeoUnify, name: str) -> int:
     """Operations of what a figure of prefill or denoising measures."""
     if name in PREFILLS:
         return counting.prefill(model, PREFILLS[name])
-    return counting.denoise(model, GRIDS[name], PREFIXES)
+    return counting.denoise(model, (GRIDS | CLIPS)[name], PREFIXES)
 
 
 def _rate(figure: Figure, model: NeoUnify, matmul_flops: float) -> Figure:
@@ -196,11 +202,11 @@ def _rate(figure: Figure, model: NeoUnify, matmul_flops: float) -> Figure:
 
 def recounted(figures: Sequence[Figure]) -> list[Figure]:
     """Figures of an earlier run with the shares that today's counts of operations give."""
-    model = meta_model(BENCH)
+    model = meta_model(BENCH_CLIPS)
     rates = {(f.dtype, f.mode): f.value * 1e9 for f in figures if f.name == MATMUL}
     return [
         _rate(figure, model, rates[figure.dtype, figure.mode])
-        if figure.name in PREFILLS or figure.name in GRIDS
+        if figure.name in {**PREFILLS, **GRIDS, **CLIPS}
         else figure
         for figure in figures
     ]
