@@ -209,6 +209,10 @@ def _huge(metadata: Any) -> None:
     entry.size = torch.Size([2**40, 2**10])
 
 
+def _many_sides(metadata: Any) -> None:
+    next(iter(metadata.state_dict_metadata.values())).size = torch.Size([1] * 65)
+
+
 def _unnamed(metadata: Any) -> None:
     metadata.storage_data.clear()
 
@@ -243,6 +247,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a path that leads out": (_metadata(_leads_out), r"is not the name of a \*.distcp file"),
     "bytes beyond the end": (_metadata(_far), r"bytes at 1099511627776 are not in"),
     "a huge tensor": (_metadata(_huge), "its parts do not make up"),
+    "a shape that goes on and on": (_metadata(_many_sides), "a tensor has 65 sides"),
     "bytes before the beginning": (_metadata(_before), "are not sizes or places"),
     "a path of the system": (_metadata(_absolute), r"'/etc/passwd' is not the name of a \*.distcp"),
     "a part twice": (_metadata(_twice), "its parts do not make up"),

@@ -194,6 +194,17 @@ def test_the_rate_of_a_source_moves_tubes_apart(folder: Path) -> None:
     assert encoded.document.spans[1] == Noise(2, 3, 2, 2.0)
 
 
+@pytest.mark.parametrize("fps", [6, 7.99, 10])
+def test_the_clip_before_is_seen_as_inference_sees_it(folder: Path, fps: float) -> None:
+    """At rates below and above that of the clip to generate, too."""
+    (folder / "c.mp4").write_bytes(clip_bytes(numbered(11), fps=fps))
+    record = {**film(["c.mp4", "a.mp4"]), "conversations": turns("<video>Go on.", "<video>")}
+    config = MOTION.replace(capabilities=(*MOTION.capabilities, "continue_video"))
+    encoded = encode(source_of(folder, record, clips={"target_frames": 8})[0], encoder_of(config))
+    frames = read_condition(folder / "c.mp4", config, 8)
+    assert levels(np.concatenate(encoded.images)) == levels(np.stack([*map(np.asarray, frames)]))
+
+
 def test_the_next_frames_follow_the_first_ones_at_one_rate(folder: Path) -> None:
     (folder / "b.mp4").write_bytes(clip_bytes(numbered(20)[10:], fps=8))
     record = {**film(["b.mp4", "b.mp4"]), "conversations": turns("<video>Go on.", "<video>")}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from neounify.cache import PagedSequence, new_cache, new_paged_cache
 from neounify.cache.key_values import text_keys
-from neounify.config import MlpConfig, TextSampling
+from neounify.config import MlpConfig, TextSampling, VideoConfig
 from neounify.config.presets import TINY
 from neounify.engine import graphs
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
@@ -207,7 +207,8 @@ def jobs_of(network: NeoUnify, grids: Sequence[Grid], seed: int, **values: Any) 
         settings = {"steps": 5, "guidance": 3.0, **values}
         sampling = ImageSampling(**settings).resolve(network.config, editing=False)
         generator = torch.Generator().manual_seed(seed + number)
-        noise = torch.randn(grid.length, network.config.token_width, generator=generator)
+        width = network.config.tube_width if grid.tubes else network.config.token_width
+        noise = torch.randn(grid.length, width, generator=generator)
         jobs.append(make_job(network, noise, grid, prefixes, sampling))
     return jobs
 
@@ -235,14 +236,15 @@ def test_denoising_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
-def test_images_of_two_sizes_and_large_ones_are_not_recorded(
+def test_clips_images_of_two_sizes_and_large_ones_are_not_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network = NeoUnify(TINY).requires_grad_(False).eval()
+    network = NeoUnify(TINY.replace(video=VideoConfig())).requires_grad_(False).eval()
     runner = Denoiser(network, ExecutionPlan(attention="graphs"))
     assert runner._graphs is not None
     with torch.inference_mode():
         runner.step(jobs_of(network, [Grid(2, 3), Grid(1, 2)], 0))
+        runner.step(jobs_of(network, [Grid(1, 2, 2, 0.8)] * 2, 0))
         monkeypatch.setattr(graphs, "MAX_ROWS", 11)
         runner.step(jobs_of(network, [Grid(2, 3)], 0))
         runner.step(jobs_of(network, [Grid(1, 2)], 0, step_cache=0.1))

@@ -14,7 +14,7 @@ from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ImageSampling
-from neounify.image.clips import cut_levels, fill_tubes, frame_levels, rows_to_frames, tube_rows
+from neounify.image.clips import cut_levels, frame_levels, rows_to_frames, tube_rows
 from neounify.image.pixels import normalise_und
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.parts import GEN, UND
@@ -162,7 +162,8 @@ def test_clips_to_look_at(kind: str, models: dict[str, NeoUnify]) -> None:
     frames = normalise_und(recorded["frames"].movedim(-1, 1).float() / 255, "symmetric")
     images = list(frames[:3])
     if kind == "tubes":
-        images = list(fill_tubes(frames, 4).split(4))
+        filled = torch.cat([frames, frames[-1:].expand(-len(frames) % 4, -1, -1, -1)])
+        images = list(filled.split(4))
     spans: list[Span] = []
     shown = [model.token_grid(image) for image in images]
     grids = iter(shown)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from neounify.image.clips import fill_tubes, rows_to_frames, tube_rows
+from neounify.image.clips import rows_to_frames, tube_rows
 from support import reference
 
 
@@ -27,14 +27,6 @@ def test_tubes_equal_the_reference(
     np.testing.assert_array_equal(back.numpy(), clip)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5])
-def test_the_last_frame_fills_the_last_tube(count: int) -> None:
-    clip = np.random.default_rng(1).normal(size=(count, 3, 4, 4))
-    filled = fill_tubes(torch.from_numpy(clip), 4)
-    assert len(filled) % 4 == 0
-    np.testing.assert_array_equal(tube_rows(filled, 2, 4).numpy(), reference.tube_rows(clip, 4, 2))
-
-
 def test_what_is_no_tube_is_refused() -> None:
     with pytest.raises(ValueError, match="5 frames of 6x4 pixels: frames must be a multiple of 4"):
         tube_rows(torch.zeros(5, 3, 4, 6), 2, 4)
@@ -42,5 +34,3 @@ def test_what_is_no_tube_is_refused() -> None:
         tube_rows(torch.zeros(4, 3, 4, 6), 4, 4)
     with pytest.raises(ValueError, match=r"tokens \(5, 48\) are no tubes of 2 x 1"):
         rows_to_frames(torch.zeros(5, 48), 2, 1, 2, 4)
-    with pytest.raises(ValueError, match="without frames"):
-        fill_tubes(torch.zeros(0, 3, 4, 4), 4)

@@ -127,9 +127,17 @@ def test_a_clip_is_continued_as_the_list_of_its_frames_is(clips: neounify.Pipeli
     whole = clips.generate("a star", condition=clip, **settings)
     listed = clips.generate("a star", condition=taken, **settings)
     assert torch.equal(frames_of(whole), frames_of(listed))
+    matroska = clip_bytes(numbered(24), format="matroska", fps=24)  # its times are milliseconds
+    assert numbers_of(read_condition(matroska, clips.config, 24)) == list(range(24))
     # Fewer frames a second than are generated stay as long as they were shown.
     twice = [number for number in range(1, 7) for _ in range(2)]
     assert numbers_of(read_condition(clip, clips.config, 20)) == twice
+
+
+def test_the_rate_of_a_clip_is_taken_as_it_is(clips: neounify.Pipeline) -> None:
+    clip = Video(torch.from_numpy(np.stack(numbered(4))), fps=Fraction(24000, 1001))
+    (out,) = clips.generate("x", condition=clip, **SIZE | {"fps": clip.fps}).videos
+    assert abs(float(out.fps - clip.fps)) < 1e-9
 
 
 def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) -> None:
@@ -144,6 +152,12 @@ def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) ->
     able = tuple(n for n in clips.config.capabilities if n != "continue_video")
     with pytest.raises(NeounifyError, match="was not trained to continue videos; it can answer"):
         read_condition([], clips.config.replace(capabilities=able))
+    with pytest.raises(NeounifyError, match="the clip to continue has no frames"):
+        clips.generate("x", condition=[], **SIZE)
+    with pytest.raises(NeounifyError, match="the clip: is empty"):
+        clips.generate("x", condition=b"", **SIZE)
+    with pytest.raises(NeounifyError, match="the prompt is empty; describe how the clip goes on"):
+        clips.generate(" ", condition=Video(torch.zeros(4, 32, 32, 3).byte(), Fraction(16)), **SIZE)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from PIL import Image
 import neounify
 from neounify.config import VideoConfig
 from neounify.config.presets import TINY
+from neounify.errors import RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.serve.build import ServeConfig, build_service, colocated
-from neounify.serve.service import EngineService, ServiceRequest
+from neounify.serve.service import AdmissionConfig, EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
@@ -74,6 +75,17 @@ def test_a_clip_is_that_of_the_pipeline(
         assert parts[-1].usage.image_tokens == 4
     previews = [event for event in events if isinstance(event, Preview)]
     assert {tuple(preview.pixels.shape) for preview in previews} <= {(3, 32, 64)}
+
+
+def test_every_token_of_a_clip_counts_against_the_limit(clips: neounify.Pipeline) -> None:
+    sampling = ImageSampling(steps=2).resolve(clips.config, editing=False, video=True)
+    request = ImageRequest(prompt="x", width=64, height=32, frames=8, fps=8, sampling=sampling)
+
+    async def work(service: EngineService) -> None:
+        with pytest.raises(RequestError, match="have 4 tokens, this server generates at most 3"):
+            service.check_together([request])
+
+    serve(colocated(clips, admission=AdmissionConfig(image_tokens=3)), work)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import pytest
 
 from neounify.errors import VideoError
 from neounify.video.choice import (
-    TUBE_FRAMES,
     FrameChoice,
     Timeline,
     at_rate,
@@ -41,14 +40,14 @@ def test_the_command_takes_the_recorded_frames() -> None:
 def test_the_dense_route_takes_the_recorded_frames() -> None:
     for case in recorded("dense"):
         clip = steady(case["frames"], case["fps"])
-        frames = dense(clip)
+        frames = dense(clip, 4)
         if case["mode"] == "sparse_frame_image":
             assert frames is None, case
             assert published(clip) == case["indices"], case
         else:
             assert frames is not None
             indices = case["indices"]  # recorded before the last tube is filled
-            assert frames == indices + indices[-1:] * (-len(indices) % TUBE_FRAMES), case
+            assert frames == indices + indices[-1:] * (-len(indices) % 4), case
 
 
 def test_training_takes_the_recorded_frames() -> None:
@@ -80,10 +79,12 @@ def test_one_frame_of_many_is_the_first() -> None:
 
 
 def test_tubes_are_taken_where_their_rule_applies() -> None:
-    choice = FrameChoice(tubes=True)
+    choice = FrameChoice(tubes=4)
     assert choice.take(steady(96, 24)) == (list(range(0, 96, 6)), True)
     assert choice.take(steady(577, 24)) == (published(steady(577, 24)), False)
-    assert FrameChoice(tubes=True, fps=12).take(steady(24, 24)) == (list(range(0, 24, 2)), True)
+    assert FrameChoice(tubes=2).take(steady(5, 4)) == ([0, 1, 2, 3, 4, 4], True)
+    assert FrameChoice(tubes=8).take(steady(4, 4)) == ([0], False)
+    assert FrameChoice(tubes=4, fps=12).take(steady(24, 24)) == (list(range(0, 24, 2)), True)
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
@@ -102,11 +103,11 @@ def test_no_frames_at_all_are_refused() -> None:
 @pytest.mark.parametrize(("frames", "fps"), [(92, 23), (120, 30), (240, 60), (960, 240)])
 def test_a_clip_to_generate_fills_whole_tubes(frames: int, fps: float) -> None:
     """The last frames that fill no tube are left out; the published sources have 23 to 60 fps."""
-    chosen = consecutive(steady(frames, fps), 24, multiple=TUBE_FRAMES)
+    chosen = consecutive(steady(frames, fps), 24, multiple=4)
     assert len(chosen) == min(frames, 96)
     assert chosen == sorted(set(chosen))
-    assert consecutive(steady(frames - 1, fps), 24, multiple=TUBE_FRAMES)[-1] <= frames - 2
-    assert len(consecutive(steady(frames - 1, fps), 24, multiple=TUBE_FRAMES)) % TUBE_FRAMES == 0
+    assert consecutive(steady(frames - 1, fps), 24, multiple=4)[-1] <= frames - 2
+    assert len(consecutive(steady(frames - 1, fps), 24, multiple=4)) % 4 == 0
 
 
 def test_a_longer_clip_to_generate_is_refused_or_cut() -> None:
@@ -114,7 +115,7 @@ def test_a_longer_clip_to_generate_is_refused_or_cut() -> None:
         clip = steady(round(10 * fps), fps)
         with pytest.raises(VideoError, match=r"lasts 10\.0 seconds, 24[01] frames at 24 a second"):
             consecutive(clip, 24)
-        first = consecutive(clip, 24, 96, TUBE_FRAMES, cut=True)
+        first = consecutive(clip, 24, 96, 4, cut=True)
         assert len(first) == 96
         assert abs(first[-1] - 95 * fps / 24) <= 1
 
@@ -124,6 +125,6 @@ def test_a_clip_to_generate_is_not_shown_too_fast() -> None:
         with pytest.raises(VideoError, match=r"frames a second, and 24 are taken"):
             consecutive(clip, 24)
     with pytest.raises(VideoError, match="has 3 frames at 24 a second, fewer than the 4 of a tube"):
-        consecutive(steady(3, 24), 24, multiple=TUBE_FRAMES)
+        consecutive(steady(3, 24), 24, multiple=4)
     with pytest.raises(VideoError, match="consecutive frames need fps"):
         FrameChoice(multiple=4)

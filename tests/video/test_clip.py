@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neounify.errors import VideoError
+from neounify.image.clips import frame_levels
 from neounify.video.boxes import find_xmp
 from neounify.video.clip import Video, encode_video, read_fps
 
@@ -73,7 +74,7 @@ def test_a_folder_that_is_missing_is_an_error_of_the_system(tmp_path: Path) -> N
 
 def test_pixels_are_rounded_as_those_of_images() -> None:
     pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(1, 3, 1, 5)
-    clip = Video.of_pixels(pixels, 24)
+    clip = Video(frame_levels(pixels), Fraction(24))
     assert clip.frames[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
     assert clip.images[0].size == (5, 1)
     assert clip.seconds == 1 / 24

@@ -40,6 +40,10 @@ from neounify.files import read_bytes
 
 METADATA, SUBFOLDER, ENDING = ".metadata", "model", ".distcp"
 MAX_METADATA_BYTES = 64 * 2**20
+MAX_SIDES = 64
+"""Sides of a tensor in torch."""
+MAX_VALUES = 16
+"""Arguments that an object of the metadata is made with, at most."""
 
 
 def convert_dcp(
@@ -107,6 +111,8 @@ class _Record:
     state: Any = None
 
     def __init__(self, *values: Any) -> None:
+        if len(values) > MAX_VALUES:
+            raise ValueError(f"an object is made with {len(values)} values")
         self.values = values
 
     def __setstate__(self, state: Any) -> None:
@@ -127,6 +133,9 @@ class _Bytes(_Record):
 
 
 def _size(values: Any = ()) -> tuple[Any, ...]:
+    """A shape. ValueError for more sides than a tensor has: a pickle may repeat a long one."""
+    if len(values) > MAX_SIDES:
+        raise ValueError(f"a tensor has {len(values)} sides")
     return tuple(values)
 
 

@@ -36,6 +36,7 @@ from neounify.cli.videos import QuestionOptions, VideoFiles, read_clips
 from neounify.errors import Cancelled, NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
+from neounify.text.forms import TEMPLATES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +129,8 @@ def _answer(
     inputs = read_images(images, colour_profiles=model.colour_profiles)
     display = Display(quiet=report.quiet, json=report.json)
     videos = read_clips(clips, options, checkpoint.config, display)
-    check_chat_request(question, inputs, options, videos)
+    template = TEMPLATES[checkpoint.config.template]
+    check_chat_request(question, inputs, options, videos, template=template)
     if not images and not videos and asks_about_image(question, model.model):
         display.note(NO_IMAGE)
     loaded = open_model(model, display)
@@ -185,8 +187,11 @@ def _answer_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[QuestionOptions]) -> None:
-        videos = read_clips(line.paths(VIDEOS), line.options, config)
-        check_chat_request(line.prompt, read_images(line.paths(IMAGES)), line.options, videos)
+        videos, images = read_clips(line.paths(VIDEOS), line.options, config), line.paths(IMAGES)
+        template = TEMPLATES[config.template]
+        check_chat_request(
+            line.prompt, read_images(images), line.options, videos, template=template
+        )
 
     with locked_folder(folder):
         results = Results(folder)
@@ -253,10 +258,11 @@ class ChatLines:
         from neounify.tasks.clips import place_videos
 
         arguments, config = lines[0].options.arguments(), self._model.pipe.config
+        template = TEMPLATES[config.template]
         prompts: list[Any] = []
         for line in lines:
             videos = read_clips(line.paths(VIDEOS), line.options, config)
-            prompts.append(place_videos(line.prompt, videos) if videos else line.prompt)
+            prompts.append(place_videos(line.prompt, videos, template) if videos else line.prompt)
         with self._display.bar("answering"):
             answers = self._model.pipe.chat_batch(
                 prompts, [line.paths(IMAGES) for line in lines], **arguments

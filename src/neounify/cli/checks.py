@@ -38,6 +38,7 @@ from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.video import OutputShape, clip_shape
+from neounify.text.forms import Template
 from neounify.text.template import Message, place_images
 
 if TYPE_CHECKING:
@@ -168,12 +169,17 @@ def output_shape(
 
 
 def check_chat_request(
-    question: str, images: InputImages, options: ChatOptions, videos: Sequence[Frames] = ()
+    question: str,
+    images: InputImages,
+    options: ChatOptions,
+    videos: Sequence[Frames] = (),
+    *,
+    template: Template,
 ) -> None:
     """Check a question. Raises the errors that answering it would raise."""
     if not question.strip() and not images and not videos:
         raise PromptError("the question is empty; write it in quotes")
-    make_chat_request(question, images, videos, **options.arguments())
+    make_chat_request(question, images, videos, template, **options.arguments())
     _check_system(options.system)
 
 

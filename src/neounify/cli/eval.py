@@ -198,6 +198,8 @@ def _motion(options: EvalOptions, model: ModelConfig) -> _Run:
         motion_plan,
     )
     from neounify.motion.world import motion_config
+    from neounify.motion.world.scene import FPS
+    from neounify.tasks.video import clip_shape
 
     if options.think:
         raise UsageError("clips are generated without a thought: leave out --think")
@@ -210,7 +212,12 @@ def _motion(options: EvalOptions, model: ModelConfig) -> _Run:
         batch_size=options.batch_size,
     )
     if set(config.tasks) - {"question"}:
-        model.check_can("generate_video")
+        for frames in world.lengths:
+            clip_shape(model, (world.side, world.side), frames, FPS)
+    if "question" in config.tasks:
+        model.check_can("chat_video")
+    if "continue" in config.tasks:
+        model.check_can("continue_video")
     ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
         model, editing=False, video=True
     )

@@ -347,7 +347,7 @@ class _Writer:
         frames = part.pixels()
         bounds = self.encoder.input_pixels or frame_bounds(self.encoder.config, len(frames))
         size = self._fit(frames[0], bounds)
-        self._reserve_image(size, math.ceil(len(frames) / per_tube), "input_pixels")
+        self._reserve_image(size, 1, "input_pixels", math.ceil(len(frames) / per_tube))
         shown = np.stack([resized(frame, size) for frame in frames])
         missing = -len(shown) % per_tube
         shown = np.concatenate([shown, np.repeat(shown[-1:], missing, axis=0)])
@@ -414,18 +414,18 @@ class _Writer:
     def _sized_target(self, part: SampleImage | SampleClip, *, copies: int) -> Pixels:
         """A target in its size for training; the document holds it `copies` times."""
         pixels, encoder = part.pixels(), self.encoder
-        frames = list(pixels) if isinstance(part, SampleClip) else [pixels]
+        frames, tubes = list(pixels) if isinstance(part, SampleClip) else [pixels], 0
         if isinstance(part, SampleClip):
             per_tube = tube_frames(self.encoder.config)
             if len(frames) % per_tube:
                 raise DataError(
                     f"a clip to generate has {len(frames)} frames, not a multiple of {per_tube}"
                 )
-            copies *= len(frames) // per_tube
+            tubes = len(frames) // per_tube
         height, width = frames[0].shape[:2]
         if encoder.target_buckets:
             bucket = nearest_bucket(width, height, encoder.target_buckets)
-            self._reserve_image((bucket[1], bucket[0]), copies, "target_buckets")
+            self._reserve_image((bucket[1], bucket[0]), copies, "target_buckets", tubes)
             if bucket == (width, height):
                 return pixels
             sized = [np.asarray(crop_to(PilImage.fromarray(one), bucket)) for one in frames]
@@ -433,19 +433,26 @@ class _Writer:
             sampling = encoder.config.sampling
             bounds = encoder.target_pixels or (sampling.edit_min_pixels, sampling.edit_max_pixels)
             size = self._fit(frames[0], bounds)
-            self._reserve_image(size, copies, "target_pixels")
+            self._reserve_image(size, copies, "target_pixels", tubes)
             sized = [resized(one, size) for one in frames]
         return np.stack(sized) if isinstance(part, SampleClip) else sized[0]
 
-    def _reserve_image(self, size: tuple[int, int], copies: int, setting: str) -> None:
-        """Count the tokens of an image of `size` = (height, width) pixels, before it is resized."""
+    def _reserve_image(
+        self, size: tuple[int, int], copies: int, setting: str, pieces: int = 0
+    ) -> None:
+        """Count the tokens of an image of `size` = (height, width) pixels, before it is resized.
+
+        Of a clip `pieces` are its tubes or frames.
+        """
         height, width = size
-        tokens = height * width // self.encoder.config.token_size**2
+        tokens = max(1, pieces) * (height * width // self.encoder.config.token_size**2)
+        what, remedy = "an image", f"bound images by {setting}"
+        if pieces:
+            what = f"a clip of {pieces} tubes or frames"
+            remedy = f"take fewer frames, or bound their size by {setting}"
         times = f" {copies} times (noise_draws {self.encoder.noise_draws})" if copies > 1 else ""
         self._reserve(
-            copies * tokens,
-            f"an image of {width}x{height} pixels has {tokens:,}{times}",
-            f"bound images by {setting}",
+            copies * tokens, f"{what} of {width}x{height} pixels has {tokens:,}{times}", remedy
         )
 
     def _fit(self, pixels: Pixels, bounds: tuple[int, int]) -> tuple[int, int]:

@@ -210,9 +210,13 @@ class DenoisingGraphs:
         self._kept = _Kept[_Denoising](model)
 
     def serves(self, layout: Layout) -> bool:
-        """Whether the images of a layout are of one size and small enough together."""
+        """Whether a layout has images of one size, small enough together, and no clip.
+
+        Positions of a clip may lie between whole numbers, and its tokens are wider.
+        """
         rows = layout[GEN]
-        return len(set(rows.grids)) == 1 and rows.length <= MAX_ROWS
+        is_same = len(set(rows.grids)) == 1 and not rows.grids[0].tubes
+        return is_same and rows.length <= MAX_ROWS
 
     def step(
         self,

@@ -11,19 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def fill_tubes(
-    frames: Float[Tensor, "frames c height width"], tube_frames: int
-) -> Float[Tensor, "filled c height width"]:
-    """Frames whose number is a multiple of `tube_frames`, by repeating the last one.
-
-    Raises ValueError for no frames.
-    """
-    if not len(frames):
-        raise ValueError("a clip without frames has no last frame to repeat")
-    missing = -len(frames) % tube_frames
-    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
-
-
 def tube_rows(
     frames: Float[Tensor, "frames c height width"], size: int, tube_frames: int
 ) -> Float[Tensor, "tokens values"]:

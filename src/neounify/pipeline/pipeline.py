@@ -51,8 +51,7 @@ from neounify.tasks.clips import Frames
 from neounify.tasks.image import MAX_THINK_TOKENS, ImageRequest, split_noise
 from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
-from neounify.tasks.video import OutputShape, clip_shape
-from neounify.text.clips import clip_text
+from neounify.tasks.video import OutputShape, after_clip, clip_shape
 from neounify.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -225,7 +224,7 @@ class Pipeline:
         height: int | None = None,
         frames: int | None = None,
         fps: float | None = None,
-        condition: ConditionInput = (),
+        condition: ConditionInput | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
@@ -295,10 +294,14 @@ class Pipeline:
             per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )
-        shown = request.condition
-        before = clip_text([piece.seconds for piece in shown]) if shown else ""
         return [
-            replace(request, prompt=before + text, seed=one, noise=drawn, negative_prompt=negative)
+            replace(
+                request,
+                prompt=after_clip(request.condition, text),
+                seed=one,
+                noise=drawn,
+                negative_prompt=negative,
+            )
             for text, one, drawn, negative in each
         ]
 
@@ -308,18 +311,18 @@ class Pipeline:
         height: int | None,
         frames: int | None,
         fps: float | None,
-        condition: ConditionInput,
+        condition: ConditionInput | None,
     ) -> OutputShape:
         """Size of what `generate` is asked for, checked."""
         if frames is not None:
             shown: list[Image] = []
-            if condition:
+            if condition is not None:
                 from neounify.pipeline.videos import read_condition
 
                 profiles = self.colour_profiles
                 shown = read_condition(condition, self.config, fps, colour_profiles=profiles)
             return clip_shape(self.config, (width, height), frames, fps, shown)
-        if fps is not None or condition:
+        if fps is not None or condition is not None:
             raise RequestError("fps and condition are of clips: give frames too", param="frames")
         size = output_size(self.config, width, height)
         if advice := size_advice(self.config, *size):

@@ -40,7 +40,7 @@ def frame_choice(
         max_frames=video.max_frames if max_frames is None else max_frames,
         sample_fps=video.sample_fps,
         tube_fps=video.tube_fps,
-        tubes=tubes,
+        tubes=config.seen_tube_frames if tubes else 0,
     )
 
 
@@ -111,37 +111,62 @@ def read_condition(
     fps: float | None = None,
     *,
     colour_profiles: bool = True,
+    max_frames: int | None = None,
+    limits: VideoLimits | None = None,
+    reserve: int = RESERVE,
 ) -> list[Image.Image]:
     """Frames of a clip that is continued at `fps` a second; None is the checkpoint's rate.
 
-    A list of frames is taken as it is. Of a clip those at that rate are taken, without the first
-    ones where they fill no tube. Raises RequestError for a model that was not trained for it;
-    VideoError, also for a clip of more frames than the model sees; ImageError.
+    A list of frames is taken as it is, a clip as `frames_before` takes it. Raises RequestError for
+    a model that was not trained for it; VideoError and ImageError.
     """
     config.check_can("continue_video")
     if not isinstance(source, Video | str | PathLike | bytes | bytearray | memoryview):
-        return read_images(source, colour_profiles=colour_profiles)
-    rate = config.sampling.video.fps if fps is None else fps
-    most = frame_choice(config, rate, None).max_frames
+        images = read_images(source, colour_profiles=colour_profiles)
+        if not images:
+            raise VideoError("the clip to continue has no frames", param="condition")
+        return images
+    try:
+        return frames_before(source, config, fps, max_frames, limits=limits, reserve=reserve)
+    except VideoError as error:
+        error.param = "condition"
+        raise
+
+
+def frames_before(
+    source: VideoSource | Video,
+    config: ModelConfig,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    *,
+    limits: VideoLimits | None = None,
+    reserve: int = RESERVE,
+) -> list[Image.Image]:
+    """Frames of a clip at `fps` a second, as a model sees those before the ones it generates.
+
+    The first ones are left out that fill no tube; `max_frames` are the checkpoint's if None. Raises
+    VideoError, also for a clip of more or too few frames.
+    """
+    rate = float(config.sampling.video.fps if fps is None else fps)
+    most = frame_choice(config, rate, max_frames).max_frames
     if isinstance(source, Video):
         times = [number / float(source.fps) for number in range(len(source.frames))]
-        images, end = source.images, source.seconds
+        images, timeline = source.images, Timeline(times, source.seconds)
     else:
-        frames, clip = read_file(source, config, rate, most)
-        images, times, end = list(frames.images), list(frames.times), clip.seconds
-    shown = Timeline(times, end).sample(rate, most)
+        frames, clip = read_file(source, config, rate, most, limits=limits, reserve=reserve)
+        images = list(frames.images)
+        timeline = Timeline(list(frames.times), clip.seconds, clip.rounding)
+    shown = timeline.sample(rate, most)
     if shown is None:
         raise VideoError(
-            f"{end:.1f} s at {rate:g} frames a second are more than the {most} frames that this "
-            "model continues; give a shorter clip",
-            param="condition",
+            f"{timeline.end:.1f} s at {rate:g} frames a second are more than the {most} frames "
+            "that are continued here; give a shorter clip"
         )
-    tube = config.video.tube_frames if config.video is not None and config.video.und else 1
+    tube = config.seen_tube_frames
     if len(shown) < tube:
         raise VideoError(
             f"a clip of {len(shown)} frames at {rate:g} a second is too short to be continued; "
-            f"this model needs {tube}",
-            param="condition",
+            f"this model needs {tube}"
         )
     return [images[number] for number in shown[len(shown) % tube :]]
 
@@ -155,8 +180,9 @@ def read_shown(
     reserve: int = RESERVE,
 ) -> ReadVideo:
     """The chosen frames of a file, for a model to look at. Raises VideoError."""
-    _, most = frame_bounds(config, 1)
-    return read_video(source, choice, limits=limits, frame_pixels=reserve * most)
+    limits = limits or VideoLimits()
+    area = min(reserve * frame_bounds(config, 1)[1], limits.output_pixels // choice.max_frames)
+    return read_video(source, choice, limits=limits, frame_pixels=max(1, area))
 
 
 def _seen(

@@ -134,10 +134,10 @@ def _separate(config: ServeConfig) -> EngineService:
 def shared_memory_needed(model: ModelConfig, dtype: torch.dtype, config: ServeConfig) -> int:
     """Shared memory in bytes when everything the limits allow is in transit at once.
 
-    Keys and values of a full cache, and noise and result of all images, in float32.
+    Keys and values of a full cache, and noise and result of all images and clips, in float32.
     """
     cached = model.kv_bytes(dtype.itemsize)
-    image = model.token_width * torch.float32.itemsize * 2
+    image = max(model.token_width, model.tube_width) * torch.float32.itemsize * 2
     plan = plan_execution(model, torch.device(config.devices_of(UND)[0]), dtype)
     plan = replace(plan, **config.engines.limits)
     return plan.kv_blocks * plan.kv_block_size * cached + config.admission.image_tokens * image

@@ -255,6 +255,8 @@ class EngineService:
         for size in sizes:
             check_image_tokens(self.config, *size, self.admission.largest_image(self.config))
         tokens = count * max((image_tokens(self.config, *size) for size in sizes), default=0)
+        if isinstance(request, ImageRequest) and request.frames:
+            tokens = count * request.grid(self.config).length
         if (
             isinstance(request, ImageRequest | InterleaveRequest)
             and request.sampling.cache.threshold

@@ -154,7 +154,8 @@ def clip_question(
 ) -> Task:
     """A question about a clip, as the memory plan takes it.
 
-    `size` (width, height) of the clip None is one of the largest that a frame keeps. Raises
+    `size` (width, height) of the clip None is one of the largest that a frame keeps; `tubes` are
+    seen in place of frames; `answer` are the most tokens of the answer. Raises
     RequestError for what the model cannot, and ImageError for sides.
     """
     config.check_can("chat_video")
@@ -163,9 +164,9 @@ def clip_question(
     least, most = frame_bounds(config, frames)
     side, pieces = config.token_size, frames
     if tubes:
-        if config.video is None or not config.video.und:
+        if not config.sees_tubes:
             raise RequestError(NO_TUBES, param="tubes")
-        pieces = -(-frames // config.video.tube_frames)
+        pieces = -(-frames // config.seen_tube_frames)
     tokens = max(1, most // side**2)
     if size is not None:
         width, height = size
@@ -184,7 +185,10 @@ def clip_question(
 
 
 def _is_user(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and turn.get("role") == "user" and "content" in turn
+    """Whether clips may stand in a turn; others are refused later, with their own words."""
+    if not isinstance(turn, Mapping) or turn.get("role") != "user":
+        return False
+    return isinstance(turn.get("content"), str | list | tuple)
 
 
 def _texts(turn: Any) -> Iterator[str]:

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.errors import RequestError
+from neounify.errors import PromptError, RequestError
 from neounify.flow.path import initial_noise, noise_scale
 from neounify.image.clips import tube_rows
 from neounify.image.pixels import check_image_tokens, check_size, image_tokens
 from neounify.model.layout import Grid
 from neounify.tasks.clips import NO_TUBES, ClipPiece, Frames, check_frames, frame_bounds
+from neounify.text.clips import clip_text
 from neounify.video.clip import read_fps
 
 
@@ -36,6 +37,7 @@ def check_clip(config: ModelConfig, width: int, height: int, frames: int, fps: f
             param="frames",
         )
     read_fps(fps)
+    fps = float(fps)
     check_size(width, height, config.token_size, config.max_grid * config.token_size)
     check_image_tokens(config, width, height)
     tubes = frames // tube_frames
@@ -103,9 +105,9 @@ def clip_pieces(
     check_frames(frames, times)
     per_piece = 1
     if tubes:
-        if config.video is None or not config.video.und:
+        if not config.sees_tubes:
             raise RequestError(NO_TUBES, param="video")
-        per_piece = config.video.tube_frames
+        per_piece = config.seen_tube_frames
     bounds = frame_bounds(config, len(frames))
     return [
         ClipPiece(
@@ -128,6 +130,16 @@ def in_tubes(
     """
     pieces = clip_pieces(config, frames, times, tubes=True)
     return Frames(pieces, [piece.seconds for piece in pieces])
+
+
+def after_clip(condition: Sequence[ClipPiece], prompt: str) -> str:
+    """The prompt of what follows a clip: the times and marks of its pieces, then the text.
+
+    Raises PromptError for an empty text behind a clip.
+    """
+    if condition and not prompt.strip():
+        raise PromptError("the prompt is empty; describe how the clip goes on")
+    return clip_text([piece.seconds for piece in condition]) + prompt
 
 
 # --- requests ---
@@ -156,7 +168,8 @@ def clip_shape(
 ) -> OutputShape:
     """A clip as asked for, `size` (width, height), else with the checkpoint's default; checked.
 
-    `condition` are the frames before it, at its rate. Raises RequestError and ImageError.
+    `condition` are the frames before it, at its rate. Raises RequestError, also for a model that
+    was not trained to continue clips, and ImageError.
     """
     defaults, (width, height) = config.sampling.video, size
     if (width is None) != (height is None):
@@ -167,11 +180,12 @@ def clip_shape(
         width, height = defaults.size
     rate = defaults.fps if fps is None else fps
     check_clip(config, width, height, frames, rate)
+    rate = float(rate)
     pieces: list[ClipPiece] = []
     if condition:
+        config.check_can("continue_video")
         times = [number / rate for number in range(len(condition))]
-        tubes = config.video is not None and config.video.und
-        pieces = clip_pieces(config, condition, times, tubes=tubes)
+        pieces = clip_pieces(config, condition, times, tubes=config.sees_tubes)
     return OutputShape(
-        width=width, height=height, frames=int(frames), fps=float(rate), condition=tuple(pieces)
+        width=width, height=height, frames=int(frames), fps=rate, condition=tuple(pieces)
     )

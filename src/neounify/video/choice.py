@@ -21,8 +21,6 @@ MAX_FRAMES = 96
 FRAME_LIMIT = 500_000
 """Greatest limit that a caller may set."""
 SAMPLE_FPS, TUBE_FPS = 1.0, 4.0
-TUBE_FRAMES = 4
-"""Frames of one tube."""
 LEAST_FRAMES = 23
 """Frames that a clip to generate must have at least for 24 that are taken."""
 _ROUNDING = 1e-9
@@ -45,16 +43,16 @@ class FrameChoice:
     """Which frames of a clip are read.
 
     `fps` samples per second, None for the rule of `published` with the model's rates; at most
-    `max_frames`, which a longer clip is covered by evenly. With `tubes`, the rule of `dense` where
-    it applies. With `multiple`, the rule of `consecutive`, which needs `fps`; `cut` is its own.
-    Raises VideoError.
+    `max_frames`, which a longer clip is covered by evenly. With `tubes`, the frames of one, the
+    rule of `dense` where it applies. With `multiple`, the rule of `consecutive`, which needs `fps`;
+    `cut` is its own. Raises VideoError.
     """
 
     fps: float | None = None
     max_frames: int = MAX_FRAMES
     sample_fps: float = SAMPLE_FPS
     tube_fps: float = TUBE_FPS
-    tubes: bool = False
+    tubes: int = 0
     multiple: int = 0
     cut: bool = False
 
@@ -83,7 +81,7 @@ class FrameChoice:
         if self.multiple and self.fps is not None:
             return consecutive(clip, self.fps, self.max_frames, self.multiple, cut=self.cut), False
         if self.tubes:
-            frames = dense(clip, self.max_frames, self.fps or self.tube_fps)
+            frames = dense(clip, self.tubes, self.max_frames, self.fps or self.tube_fps)
             if frames is not None:
                 return frames, True
         if self.fps is None:
@@ -154,17 +152,17 @@ def published(
 
 
 def dense(
-    clip: Timeline, max_frames: int = MAX_FRAMES, tube_fps: float = TUBE_FPS
+    clip: Timeline, tube: int, max_frames: int = MAX_FRAMES, tube_fps: float = TUBE_FPS
 ) -> list[int] | None:
-    """Frames of tubes: `tube_fps` a second, the last one repeated to fill a tube.
+    """Frames of tubes of `tube` frames: `tube_fps` a second, the last one repeated to fill one.
 
     None where the published route takes images instead: over `max_frames`, a clip of fewer
     frames a second, or less than one tube.
     """
     frames = clip.sample(tube_fps, max_frames)
-    if frames is None or clip.fps < tube_fps or len(frames) < TUBE_FRAMES:
+    if frames is None or clip.fps < tube_fps or len(frames) < tube:
         return None
-    return frames + frames[-1:] * (-len(frames) % TUBE_FRAMES)
+    return frames + frames[-1:] * (-len(frames) % tube)
 
 
 def at_rate(clip: Timeline, fps: float, max_frames: int = MAX_FRAMES) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from neounify.errors import VideoError
@@ -58,14 +58,6 @@ class Video:
                 f"{self.frames.dtype} {list(shape)}"
             )
         object.__setattr__(self, "fps", read_fps(self.fps))
-
-    @classmethod
-    def of_pixels(
-        cls, pixels: Float[Tensor, "frames 3 height width"], fps: float | Fraction
-    ) -> Video:
-        """The clip of pixels in [-1, 1], clamped and rounded to the nearest of 256 levels."""
-        levels = (((pixels.detach().float() + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8)
-        return cls(levels.permute(0, 2, 3, 1).contiguous().cpu(), read_fps(fps))
 
     @property
     def seconds(self) -> float:

@@ -80,10 +80,12 @@ class Clip:
     has_sound: bool
     in_tubes: bool
     """Whether the chosen frames are seen in tubes, as `FrameChoice.tubes` asks for."""
+    rounding: float = 0.0
+    """The greatest error of a time, in seconds: half the unit that the file counts in."""
 
 
 class MeteredFile:
-    """A file for FFmpeg that fails after a time, and ends where the limit of its bytes is."""
+    """A file for FFmpeg that fails after a time."""
 
     name = "clip"
 
@@ -146,6 +148,7 @@ class _Decoder:
             size=(width, height),
             frames=len(timeline.times),
             seconds=timeline.end,
+            rounding=timeline.rounding,
             has_sound=bool(self._container.streams.audio),
             in_tubes=in_tubes,
         )
@@ -324,8 +327,15 @@ class _Decoder:
         return True
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames from here on; packets that are damaged are passed over."""
-        for packet in self._container.demux(self._stream):
+        """All frames from here to where the file is cut off; damaged packets are passed over."""
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except self._av.FFmpegError:
+                return
+            if packet is None:
+                return
             try:
                 yield from self._context.decode(packet)
             except self._av.FFmpegError:

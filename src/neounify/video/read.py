@@ -72,7 +72,7 @@ def read_video(
         "limits": asdict(limits),
         "frame_pixels": frame_pixels,
     }
-    name = _name_of(source)
+    name = name_of(source)
     with _opened(source, name, limits) as file:
         output = _run(json.dumps(request), file, limits, name)
     head, _, body = output.partition(b"\n")
@@ -83,7 +83,7 @@ def read_video(
     return ReadVideo([PIL.Image.fromarray(frame) for frame in frames], clip)
 
 
-def _name_of(source: VideoSource) -> str:
+def name_of(source: VideoSource) -> str:
     """What messages call a source. Raises VideoError for what is none."""
     if isinstance(source, bytes | bytearray | memoryview):
         return _WITH_BYTES
@@ -114,8 +114,7 @@ def _opened(source: VideoSource, name: str, limits: VideoLimits) -> Iterator[IO[
         path = Path(source)
         if path.exists() and not path.is_file():
             raise VideoError(f"{name}: not a file")
-        with path.open("rb") as opened:
-            yield opened
+        opened = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, VideoError):
             raise
@@ -123,7 +122,9 @@ def _opened(source: VideoSource, name: str, limits: VideoLimits) -> Iterator[IO[
             raise VideoError(f"{name}: a URL is not read; give a path, or bytes") from error
         if isinstance(error, FileNotFoundError):
             raise VideoError(f"{name}: no such file") from error
-        raise VideoError(f"{name!r}: cannot be read ({error})") from error
+        raise VideoError(f"{name}: cannot be read ({error})") from error
+    with opened:
+        yield opened
 
 
 def _run(request: str, file: IO[bytes], limits: VideoLimits, name: str) -> bytes:

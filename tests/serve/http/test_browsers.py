@@ -178,7 +178,7 @@ def test_head_is_answered_wherever_get_is(tmp_path: Path) -> None:
 def test_options_name_the_methods() -> None:
     client = client_of()
     response = client.options(CHAT)
-    assert (response.status_code, response.headers["allow"]) == (204, "POST, OPTIONS")
+    assert (response.status_code, response.headers["allow"]) == (204, "OPTIONS, POST")
     assert client.options("/v1/models").headers["allow"] == "GET, HEAD, OPTIONS"
     assert client.options("/v1/nothing").status_code == 404
 

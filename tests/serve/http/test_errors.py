@@ -201,8 +201,19 @@ def test_wrong_paths_and_methods() -> None:
     client = client_of()
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     response = client.get(CHAT)
-    assert (response.status_code, response.headers["allow"]) == (405, "POST, OPTIONS")
+    assert (response.status_code, response.headers["allow"]) == (405, "OPTIONS, POST")
     assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_every_method_of_a_path_is_named() -> None:
+    client = client_of()
+    for path, methods in (
+        ("/v1/videos", "GET, HEAD, OPTIONS, POST"),
+        ("/v1/videos/video_1", "DELETE, GET, HEAD, OPTIONS"),
+    ):
+        response = client.put(path)
+        assert (response.status_code, response.headers["allow"]) == (405, methods)
+        assert response.json()["error"]["message"] == f"PUT is not allowed here, only {methods}."
 
 
 def test_hooks_may_refuse_prompts_and_images() -> None:

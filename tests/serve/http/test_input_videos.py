@@ -96,7 +96,7 @@ def test_bad_clips_are_errors_about_their_message(client: TestClient) -> None:
     assert (error["code"], error["param"]) == ("invalid_video", "messages.0.content")
     assert "not a video, or damaged" in error["message"]
     error = refused(ask(client, video(data_url(png()))))
-    assert "video_url holds image/png, not a video" in error["message"]
+    assert "the URL of the video holds image/png, not a video" in error["message"]
     error = refused(ask(client, video("https://example.com/clip.mp4")))
     assert "this server fetches no video URLs; send the video as a data URL" in error["message"]
     error = refused(ask(client, video("file:///etc/passwd")))

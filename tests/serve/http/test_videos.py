@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import openai
 import pytest
 import torch
@@ -20,13 +21,18 @@ from PIL import Image
 from neounify.config import VideoConfig
 from neounify.config.presets import TINY
 from neounify.errors import Overloaded
+from neounify.flow.sampling import ImageSampling
+from neounify.pipeline.videos import read_condition
 from neounify.provenance.metadata import read_packet
 from neounify.serve.http import HttpConfig, Limits, create_app, video_jobs
+from neounify.serve.http.middleware import EVERYBODY
 from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import Finished, FramesFinished, Preview
+from neounify.tasks.video import after_clip, clip_shape
 from neounify.video.boxes import find_xmp
+from support.clips import clip_bytes, numbered, numbers_of
 from support.http_server import openai_client
 from support.scripted_service import Scripted
 
@@ -276,6 +282,7 @@ def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fields", "param", "words"),
     [
         ({"prompt": " "}, "prompt", "is empty"),
+        ({"prompt": "a <image> star"}, "prompt", "<image>"),
         ({"frames": 6, "seconds": None}, "frames", "multiple of 4"),
         ({"frames": 8}, "frames", "give one of them"),
         ({"seconds": 1000}, "seconds", "1000 seconds at 8 frames per second are over this"),
@@ -313,6 +320,93 @@ def test_a_model_without_videos_says_so() -> None:
         assert "was not trained to generate videos" in answer.json()["error"]["message"]
 
 
+CONTINUES = ABLE.replace(capabilities=(*ABLE.capabilities, "continue_video"))
+
+
+def data_url(file: bytes) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(file).decode()
+
+
+def test_a_clip_is_continued_as_the_pipeline_does() -> None:
+    scripted = Scripted(clip, CONTINUES)
+    file = clip_bytes(numbered(6), fps=16)
+    with TestClient(create_app(scripted)) as client:
+        video = finished(client, condition=data_url(file))
+    assert (video["status"], video["prompt"]) == ("completed", "a star")
+    request = scripted.last
+    assert isinstance(request, ImageRequest)
+    assert numbers_of([piece.frames[0] for piece in request.condition]) == [0, 2, 4]
+    assert request.prompt == after_clip(request.condition, "a star")
+    shown = read_condition(file, CONTINUES, 8)
+    wanted = clip_shape(CONTINUES, (64, 32), 8, 8, shown).condition
+    for ours, theirs in zip(request.condition, wanted, strict=True):
+        assert np.array_equal(ours.frames[0], theirs.frames[0])
+        assert (ours.tube, ours.seconds, ours.bounds) == (
+            theirs.tube,
+            theirs.seconds,
+            theirs.bounds,
+        )
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("data:video/mp4;base64,AAAA", "not a video"),
+        ("https://example.org/clip.mp4", "fetches no video URLs"),
+        ("clip.mp4", "send the video as a data URL"),
+        ("", "at least 1 character"),
+        (data_url(clip_bytes(numbered(31), fps=8)), "more than the 16 frames"),
+    ],
+    ids=["no clip", "a host", "a path", "empty", "long"],
+)
+def test_clips_that_cannot_be_continued_are_errors(condition: str, words: str) -> None:
+    limits = Limits(video_frames=16)
+    with TestClient(create_app(Scripted(clip, CONTINUES), HttpConfig(limits=limits))) as client:
+        answer = client.post("/v1/videos", json={"prompt": "x", **SMALL, "condition": condition})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "condition"
+    assert words in error["message"]
+
+
+def test_a_finished_job_keeps_no_frames_of_the_clip_before_it() -> None:
+    app = create_app(Scripted(clip, CONTINUES))
+    with TestClient(app) as client:
+        finished(client, condition=data_url(clip_bytes(numbered(6), fps=8)))
+        (job,) = app.state.server.videos.of(EVERYBODY)
+        assert job.completed is not None
+        assert job.request.condition == ()
+
+
+def test_a_clip_is_not_read_for_a_request_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither for wrong fields nor for a caller who has too many videos."""
+    read: list[str] = []
+
+    async def counted(url: str, *_: Any) -> list[Any]:
+        read.append(url)
+        return []
+
+    monkeypatch.setattr("neounify.serve.http.input_videos.read_condition_url", counted)
+    limits = Limits(video_jobs=1)
+    body = {**SMALL, "prompt": "slow", "condition": "data:video/mp4;base64,AAAA"}
+    with TestClient(create_app(Scripted(clip, CONTINUES), HttpConfig(limits=limits))) as client:
+        for wrong in ({"size": "63x32"}, {"steps": 10**5}, {"prompt": "an <image>"}):
+            assert client.post("/v1/videos", json={**body, **wrong}).status_code == 400
+        assert not read
+        assert client.post("/v1/videos", json=body).status_code == 200
+        assert client.post("/v1/videos", json=body).status_code == 429
+        assert len(read) == 1
+
+
+def test_a_model_that_continues_none_says_so(client: TestClient) -> None:
+    body = {"prompt": "x", **SMALL, "condition": data_url(clip_bytes(numbered(8)))}
+    error = client.post("/v1/videos", json=body).json()["error"]
+    assert error["param"] == "condition"
+    assert "was not trained to continue" in error["message"]
+
+
 def test_pages_of_the_list(client: TestClient) -> None:
     ids = [finished(client)["id"] for _ in range(3)]
     page = client.get("/v1/videos", params={"limit": 2, "order": "asc"}).json()
@@ -321,6 +415,13 @@ def test_pages_of_the_list(client: TestClient) -> None:
     assert ([v["id"] for v in rest["data"]], rest["has_more"]) == (ids[2:], False)
     newest = client.get("/v1/videos").json()["data"]
     assert [v["id"] for v in newest] == ids[::-1]
+
+
+def asked(negative: str = "") -> ImageRequest:
+    sampling = ImageSampling().resolve(ABLE, editing=False, video=True)
+    return ImageRequest(
+        prompt="x", width=64, height=32, frames=4, sampling=sampling, negative_prompt=negative
+    )
 
 
 async def _nothing(job: Any) -> None:
@@ -332,7 +433,7 @@ def test_old_files_make_room_for_new_ones(max_bytes: int, kept: int) -> None:
 
     async def work() -> int:
         jobs = VideoJobs(max_unfinished=9, max_bytes=max_bytes, seconds=10, clock=lambda: 5.0)
-        request: Any = SimpleNamespace(negative_prompt="")
+        request = asked()
         for _ in range(3):
             job = jobs.start("me", request, "x", _nothing)
             assert job.task is not None
@@ -340,6 +441,29 @@ def test_old_files_make_room_for_new_ones(max_bytes: int, kept: int) -> None:
         return len(jobs.of("me"))
 
     assert asyncio.run(work()) == kept
+
+
+def test_the_video_that_is_completed_last_is_kept_the_longest() -> None:
+    """Though it was asked for first."""
+
+    async def work() -> list[str]:
+        jobs, first_may_end = VideoJobs(max_unfinished=9, max_bytes=9, seconds=99), asyncio.Event()
+
+        async def late(job: Any) -> None:
+            await first_may_end.wait()
+            await _nothing(job)
+
+        first = jobs.start("me", asked(), "first", late)
+        second = jobs.start("me", asked(), "second", _nothing)
+        assert first.task is not None
+        assert second.task is not None
+        await second.task
+        await asyncio.sleep(1.1)  # times are whole seconds
+        first_may_end.set()
+        await first.task
+        return [job.prompt for job in jobs.of("me")]
+
+    assert asyncio.run(work()) == ["first"]
 
 
 def test_jobs_without_files_make_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +474,7 @@ def test_jobs_without_files_make_room_too(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def kept(max_bytes: int, prompt: str, negative: str) -> int:
         jobs = VideoJobs(max_unfinished=9, max_bytes=max_bytes, seconds=10, clock=lambda: 5.0)
-        request: Any = SimpleNamespace(negative_prompt=negative)
+        request = asked(negative)
         for _ in range(6):
             job = jobs.start("me", request, prompt, fail)
             assert job.task is not None
@@ -369,7 +493,7 @@ def test_finished_jobs_expire() -> None:
     async def work() -> tuple[int, int]:
         nonlocal now
         jobs = VideoJobs(max_unfinished=9, max_bytes=99, seconds=10, clock=lambda: now)
-        request: Any = SimpleNamespace(negative_prompt="")
+        request = asked()
         job = jobs.start("me", request, "x", _nothing)
         assert job.task is not None
         await job.task

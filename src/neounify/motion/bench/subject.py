@@ -15,8 +15,7 @@ from neounify.motion.world.scene import FPS
 from neounify.pipeline import Pipeline
 from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
-from neounify.tasks.video import clip_shape, in_tubes
-from neounify.text.clips import clip_text
+from neounify.tasks.video import after_clip, clip_shape, in_tubes
 
 MAX_ANSWER_TOKENS = 32
 
@@ -112,7 +111,7 @@ class PipelineMotionSubject:
         condition = [] if first is None else [Image.fromarray(frame) for frame in first]
         shape = clip_shape(self._pipe.config, (side, side), frames, FPS, condition)
         return ImageRequest(
-            prompt=clip_text([piece.seconds for piece in shape.condition]) + prompt,
+            prompt=after_clip(shape.condition, prompt),
             width=side,
             height=side,
             frames=frames,
@@ -128,8 +127,7 @@ class PipelineMotionSubject:
 
 def _shown(config: ModelConfig, clip: Clip) -> Frames:
     """A clip that questions are about: all frames in tubes, or every second one as an image."""
-    sees_tubes = config.video is not None and config.video.und
-    step = 1 if sees_tubes else frame_step(SHOWN_FPS)
+    step = 1 if config.sees_tubes else frame_step(SHOWN_FPS)
     numbers = range(0, len(clip), step)
     images, times = [Image.fromarray(clip[n]) for n in numbers], [n / FPS for n in numbers]
-    return in_tubes(config, images, times) if sees_tubes else Frames(images, times)
+    return in_tubes(config, images, times) if config.sees_tubes else Frames(images, times)

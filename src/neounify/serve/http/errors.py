@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Mount
 
 from neounify.errors import (
     DeadlineExceeded,
@@ -238,7 +239,7 @@ async def _http(request: Request, error: Exception) -> Response:
     code = _CODES.get(error.status_code, "bad_request")
     headers = {name.title(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:
-        headers["Allow"] = _with_implied(headers.get("Allow", ""))
+        headers["Allow"] = ", ".join(_allowed(request))
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
         message = f"{request.method[:20]} is not allowed here, only {headers['Allow']}."
@@ -247,11 +248,21 @@ async def _http(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, f"{message.rstrip('.')}.", code=code).response(headers)
 
 
-def _with_implied(allowed: str) -> str:
-    """An Allow header with HEAD and OPTIONS, which routes take besides their own methods."""
-    methods = [method.strip() for method in allowed.split(",") if method.strip()]
-    implied = (*(["HEAD"] if "GET" in methods else ()), "OPTIONS")
-    return ", ".join(dict.fromkeys((*methods, *implied)))
+def _allowed(request: Request) -> list[str]:
+    """The methods of every route of a path, with those that are taken besides them."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        # Static files match with any method, and take these.
+        return any(
+            route.matches(scope)[0] is Match.FULL
+            and (method == "GET" or not isinstance(route, Mount))
+            for route in request.app.routes
+        )
+
+    methods = set(filter(takes, ("GET", "POST", "PUT", "PATCH", "DELETE")))
+    implied = {"HEAD"} if "GET" in methods else set()
+    return sorted(methods | implied | {"OPTIONS"})
 
 
 def _listed(app: FastAPI) -> str:

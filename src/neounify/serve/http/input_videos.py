@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from PIL.Image import Image
+
 from neounify.errors import ImageError, VideoError
-from neounify.pipeline.videos import frame_choice, read_file
+from neounify.pipeline.videos import frame_choice, read_condition, read_file
 from neounify.serve.http.chat_schema import VideoChoice
 from neounify.serve.http.errors import bad_request
 from neounify.serve.http.fields import blame
@@ -14,6 +16,9 @@ from neounify.serve.http.media import data_url_bytes, is_data_url
 from neounify.serve.http.serving import ServerState
 from neounify.tasks.clips import Frames
 from neounify.video.decode import VideoLimits
+
+MEMORY = 2 * 2**30
+"""Bytes of the process that decodes a clip, at most."""
 
 
 async def read_videos(
@@ -39,7 +44,7 @@ async def read_videos(
     most = min(choice.num_frames or config.sampling.video.max_frames, max(1, share))
     with blame("media_io_kwargs"):
         frame_choice(config, choice.fps, most)
-    bounds = VideoLimits(seconds=limits.video_seconds, memory=2 * 2**30)
+    bounds = VideoLimits(seconds=limits.video_seconds, memory=MEMORY)
     videos = []
     for field, url in sources:
         with blame(field):
@@ -48,6 +53,27 @@ async def read_videos(
             frames, _ = await state.clip_decoder.run(read)
             videos.append(frames)
     return videos
+
+
+async def read_condition_url(url: str, fps: float | None, state: ServerState) -> list[Image]:
+    """The frames of the clip at a URL, at `fps` a second, for a model that continues it.
+
+    Raises ApiError about the field `condition`.
+    """
+    limits, config = state.config.limits, state.service.config
+    with blame("condition"):
+        config.check_can("continue_video")
+        file = await _read_url(url, state)
+        read = partial(
+            read_condition,
+            file,
+            config,
+            fps,
+            max_frames=min(limits.video_frames, config.sampling.video.max_frames),
+            limits=VideoLimits(seconds=limits.video_seconds, memory=MEMORY),
+            reserve=1,
+        )
+        return await state.clip_decoder.run(read)
 
 
 async def _read_url(url: str, state: ServerState) -> bytes:

@@ -244,13 +244,13 @@ def data_url_bytes(url: str, medium: Medium = "image") -> bytes:
     start = url.find(",", 0, _MAX_HEAD) + 1
     if not is_data_url(url[:5]) or not start:
         example = _EXAMPLES[medium]
-        raise ImageError(f"{medium}_url must be {example!r} or another {medium} type")
+        raise ImageError(f"the URL of the {medium} must be {example!r} or another {medium} type")
     kind, *parameters = [part.strip().lower() for part in url[5 : start - 1].split(";")]
     if kind == "base64":
         kind, parameters = "", ["base64"]
     if kind not in ("", "application/octet-stream") and not kind.startswith(f"{medium}/"):
         article = "an" if medium == "image" else "a"
-        raise ImageError(f"{medium}_url holds {kind[:40]}, not {article} {medium}")
+        raise ImageError(f"the URL of the {medium} holds {kind[:40]}, not {article} {medium}")
     if "base64" in parameters or len(url) > MAX_ESCAPED:
         return _from_base64(url, start, medium)
     try:
@@ -268,7 +268,9 @@ def _from_base64(url: str, start: int, medium: Medium) -> bytes:
         text = padded.rstrip(b"=")
         wrong = text.translate(None, delete=_ALPHABET) or (b"=" if ended and text else b"")
         if wrong:
-            raise ImageError(f"{medium}_url is not valid base64: it holds {chr(wrong[0])!r}")
+            raise ImageError(
+                f"the URL of the {medium} is not valid base64: it holds {chr(wrong[0])!r}"
+            )
         ended = ended or len(text) < len(padded)
         count += len(text)
         text = rest + text
@@ -276,9 +278,15 @@ def _from_base64(url: str, start: int, medium: Medium) -> bytes:
         file.append(binascii.a2b_base64(text[:whole]))
         rest = text[whole:]
     if len(rest) == 1:
-        raise ImageError(f"{medium}_url is not valid base64: {count} characters are cut off")
+        raise ImageError(
+            f"the URL of the {medium} is not valid base64: {count} characters are cut off"
+        )
     file.append(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4)))
     return b"".join(file)
+
+
+def _not_base64(medium: Medium, problem: str) -> ImageError:
+    return ImageError(f"the URL of the {medium} is not valid base64: {problem}")
 
 
 def _pieces(url: str, start: int, medium: Medium) -> Iterator[bytes]:
@@ -292,9 +300,7 @@ def _pieces(url: str, start: int, medium: Medium) -> Iterator[bytes]:
         try:
             data = piece.encode("ascii")
         except UnicodeEncodeError as error:
-            raise ImageError(
-                f"{medium}_url is not valid base64: it holds {piece[error.start]!r}"
-            ) from None
+            raise _not_base64(medium, f"it holds {piece[error.start]!r}") from None
         yield _unquoted(data, len(url)) if b"%" in data else data
 
 
@@ -446,7 +452,9 @@ def _split(url: str, medium: Medium) -> tuple[SplitResult, int]:
     except ValueError as error:
         raise ImageError(f"the {medium} URL cannot be read") from error
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise ImageError(f"{medium}_url must be a data URL, or begin with http:// or https://")
+        raise ImageError(
+            f"the URL of the {medium} must be a data URL, or begin with http:// or https://"
+        )
     if parts.username is not None or parts.password is not None:
         raise ImageError(f"the {medium} URL holds a name or a password")
     return parts, _PORTS[parts.scheme] if port is None else port

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from neounify.serve.http.errors import ApiError
@@ -73,7 +73,15 @@ class VideoJobs:
         prompt: str,
         work: Callable[[VideoJob], Coroutine[Any, Any, None]],
     ) -> VideoJob:
-        """Begin a job in the background. Raises ApiError 429 where the owner has too many."""
+        """Begin a job in the background. Raises ApiError 429 as `check` does."""
+        self.check(owner)
+        job = VideoJob(owner, request, prompt, int(self._clock()))
+        self._jobs[job.id] = job
+        job.task = asyncio.get_running_loop().create_task(self._run(job, work))
+        return job
+
+    def check(self, owner: str) -> None:
+        """Raise ApiError 429 where the owner has as many unfinished jobs as may be."""
         unfinished = sum(job.owner == owner and not job.is_finished for job in self._jobs.values())
         if unfinished >= self._max_unfinished:
             raise ApiError(
@@ -84,15 +92,12 @@ class VideoJobs:
                 code="too_many_videos",
                 retry_after=10.0,
             )
-        job = VideoJob(owner, request, prompt, int(self._clock()))
-        self._jobs[job.id] = job
-        job.task = asyncio.get_running_loop().create_task(self._run(job, work))
-        return job
 
     async def _run(
         self, job: VideoJob, work: Callable[[VideoJob], Coroutine[Any, Any, None]]
     ) -> None:
         await work(job)
+        job.request = replace(job.request, condition=())  # its frames are not needed any more
         job.completed = int(self._clock())
         self._drop_old()
 
@@ -130,7 +135,10 @@ class VideoJobs:
 
     def _drop_old(self) -> None:
         now = self._clock()
-        finished = [job for job in self._jobs.values() if job.completed is not None]
+        finished = sorted(
+            (job for job in self._jobs.values() if job.completed is not None),
+            key=lambda job: job.completed or 0,
+        )
         total = sum(job.size for job in finished)
         for number, job in enumerate(finished):
             expired = job.completed is not None and job.completed + self._seconds <= now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
+from PIL.Image import Image
 from pydantic import Field
 from starlette.requests import Request
 
@@ -20,13 +21,21 @@ from neounify.errors import Overloaded
 from neounify.provenance.metadata import write_packet
 from neounify.serve.http.connections import BoundedRoute, check_json_type
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
-from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, Number, seeds_of
+from neounify.serve.http.fields import (
+    AnswerModel,
+    ImageFields,
+    LimitedText,
+    Number,
+    blame,
+    seeds_of,
+)
 from neounify.serve.http.images import form_values, validated
 from neounify.serve.http.serving import ServerState, State, request_metadata
 from neounify.serve.http.video_jobs import Status, VideoJob
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import ClipFrames, FramesFinished, Preview
-from neounify.tasks.video import clip_shape
+from neounify.tasks.video import after_clip, clip_shape
+from neounify.text.template import place_images
 from neounify.video.clip import Video
 
 log = logging.getLogger("neounify.serve")
@@ -62,10 +71,18 @@ class VideoBody(ImageFields):
     fps: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="Frames per second. Extension."
     )
+    condition: str | None = Field(
+        None,
+        min_length=1,
+        description="Clip to continue: a data URL, in JSON alone, or a URL. Extension.",
+    )
 
 
-def read_video_request(body: VideoBody, state: ServerState) -> ImageRequest:
-    """The request of a video, checked. Raises ApiError, RequestError, ImageError, VideoError."""
+async def read_video_request(body: VideoBody, owner: str, state: ServerState) -> ImageRequest:
+    """The request of a video, checked.
+
+    Raises ApiError, PromptError, RequestError, ImageError and Refused.
+    """
     config, limits = state.service.config, state.config.limits
     config.check_can("generate_video")
     state.check_model(body.model)
@@ -77,22 +94,35 @@ def read_video_request(body: VideoBody, state: ServerState) -> ImageRequest:
     if body.ratio is not None or body.pixels is not None:
         name = "size" if body.ratio is None else "aspect_ratio"
         raise bad_request(f"{name}: not supported for videos; give size as WIDTHxHEIGHT", name)
+    with blame("prompt"):
+        place_images(body.prompt, 0, numbered=True)
     frames, fps = _length(body, config, limits.output_frames)
-    shape = clip_shape(config, body.width_height or (None, None), frames, fps)
+    size = body.width_height or (None, None)
+    shape = clip_shape(config, size, frames, fps)
     if shape.width * shape.height > limits.output_pixels:
         raise bad_request(
             f"size: {shape.width}x{shape.height} is {shape.width * shape.height} pixels, over this "
             f"server's {limits.output_pixels}",
             "size",
         )
+    sampling = state.sampling(body, editing=False, steps=body.steps, video=True)
+    shown: Sequence[Image] = ()
+    if body.condition is not None:  # what takes time comes after what does not
+        from neounify.serve.http.input_videos import read_condition_url
+
+        state.videos.check(owner)
+        shown = await read_condition_url(body.condition, fps, state)
+        shape = clip_shape(config, size, frames, fps, shown)
+    await state.check_prompt(filter(None, (body.prompt, body.negative_prompt)), shown)
     [seed] = seeds_of(body.seed, 1)
     request = ImageRequest(
-        prompt=body.prompt,
+        prompt=after_clip(shape.condition, body.prompt),
+        condition=shape.condition,
         width=shape.width,
         height=shape.height,
         frames=shape.frames,
         fps=shape.fps,
-        sampling=state.sampling(body, editing=False, steps=body.steps, video=True),
+        sampling=sampling,
         seed=seed,
         negative_prompt=body.negative_prompt,
     )
@@ -285,11 +315,9 @@ def _object(job: VideoJob, state: ServerState) -> dict[str, Any]:
 async def create(request: Request, state: State) -> dict[str, Any]:
     """Begins a job and answers at once; ask for its state until it is completed."""
     body = await _read_body(request, state)
-    wanted = read_video_request(body, state)
-    await state.check_prompt(filter(None, (body.prompt, body.negative_prompt)), ())
-    job = state.videos.start(
-        _owner(request), wanted, body.prompt, lambda job: generate_video(job, state)
-    )
+    owner = _owner(request)
+    wanted = await read_video_request(body, owner, state)
+    job = state.videos.start(owner, wanted, body.prompt, lambda job: generate_video(job, state))
     return _object(job, state)
 
 
@@ -306,7 +334,9 @@ async def list_videos(
     if order == "asc":
         jobs.reverse()
     ids = [job.id for job in jobs]
-    rest = jobs[ids.index(after) + 1 :] if after in ids else jobs
+    if after and after not in ids:
+        raise bad_request(f"after: there is no video {after!r}", "after")
+    rest = jobs[ids.index(after) + 1 :] if after else jobs
     page = rest[:limit]
     return {
         "object": "list",
