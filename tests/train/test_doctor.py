@@ -19,7 +19,7 @@ from neounify.train.supervised import SupervisedConfig
 from support.own_data import png, write_lines
 
 
-def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
+def case(folder: Path, preset: str = "scenes", **stage: Any) -> tuple[Recipe, TrainSetup]:
     changes = {
         "hidden_size": 32,
         "num_layers": 1,
@@ -31,7 +31,7 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
     recipe = recipe_from_table(
         {
             "name": "x",
-            "model": {"preset": "scenes", "changes": changes, "tokenizer": {"samples": 50}},
+            "model": {"preset": preset, "changes": changes, "tokenizer": {"samples": 50}},
             "stages": [
                 {
                     "name": "a",
@@ -155,3 +155,10 @@ def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
     by_name = findings(*case(tmp_path, method={"tokens_per_pack": 3}), steps=1)
     assert by_name["data SceneDataset"].good is False
     assert "tokens_per_pack 3" in by_name["data SceneDataset"].what
+
+
+def test_a_clip_is_generated_where_no_image_is(tmp_path: Path) -> None:
+    data = [{"kind": "motion", "world": "easy", "tasks": {"t2v": 1}}]
+    found = findings(*case(tmp_path, "motion", data=data), steps=3)
+    assert "the overfitted prompt gives its target at" in found["generation"].what
+    assert found["generation"].good is None  # three steps overfit nothing

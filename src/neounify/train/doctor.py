@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from neounify.data.configs import DataConfig, FileData
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.reasons import counted, too_many_skipped
-from neounify.data.sample import Sample
+from neounify.data.sample import Sample, SampleClip
 from neounify.data.sizes import Pixels
 from neounify.data.sources import FileSource, Mixture
 from neounify.distributed.shards import local
@@ -278,19 +279,18 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
 def _generation(
     setup: TrainSetup, samples: dict[str, Sample], documents: list[Encoded], overfit: Overfit
 ) -> Iterator[Finding]:
-    """Generate the overfitted prompt: is it the target, sharp and without a grid?"""
-    known = {d.task: d for d in documents}
-    if "t2i" not in known or not known["t2i"].targets:
+    """Generate the overfitted prompt, of an image or a clip: is it the target, without a grid?"""
+    known = {d.task: d for d in documents if d.targets}
+    task = next((name for name in ("t2i", "t2v") if name in known), None)
+    if task is None:
         return
-    target = known["t2i"].targets[0]
+    target = known[task].targets[0]
     setup.model.eval()
-    height, width = target.shape[:2]
-    prompt = samples["t2i"].text("user")
     with setup.parallel.sampling() as model:
         pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)
-        images = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images
-    pixels = np.asarray(images[0])
-    decibels = psnr(target, pixels)
+        pixels = _generated(pipe, samples[task], target)
+    # The frames of a clip are compared as one tall image.
+    decibels = psnr(*(x.reshape(-1, *x.shape[-2:]) for x in (target, pixels)))
     overfitted = overfit.last.get("image/clean", 1.0) < MAX_CLEAN_ERROR
     like = decibels > MIN_PSNR
     advice = ""
@@ -304,7 +304,23 @@ def _generation(
         f"the overfitted prompt gives its target at {decibels:.1f} dB PSNR",
         advice,
     )
+    if task == "t2v":
+        target, pixels = target[len(target) // 2], pixels[len(target) // 2]
     yield from _seams(target, pixels, setup.model.config.token_size, like, overfit)
+
+
+def _generated(pipe: Pipeline, sample: Sample, target: Pixels) -> Pixels:
+    """What is generated of a sample's prompt, in the size of its target."""
+    *_, height, width, _ = target.shape
+    prompt, settings = sample.text("user"), dict[str, Any](guidance=1.0, seed=0)
+    if target.ndim == 3:
+        out = pipe.generate(prompt, width=width, height=height, **settings)
+        return np.asarray(out.images[0])
+    rates = [clip.fps for clip in sample.clips if isinstance(clip, SampleClip) and clip.loss]
+    fps = rates[0] if rates else None
+    settings |= {"frames": len(target), "fps": fps}
+    out = pipe.generate(prompt, width=width, height=height, **settings)
+    return out.videos[0].frames.numpy()
 
 
 def _seams(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import av
-import numpy as np
 import openai
 import pytest
 import torch
@@ -340,7 +339,7 @@ def test_a_clip_is_continued_as_the_pipeline_does() -> None:
     shown = read_condition(file, CONTINUES, 8)
     wanted = clip_shape(CONTINUES, (64, 32), 8, 8, shown).condition
     for ours, theirs in zip(request.condition, wanted, strict=True):
-        assert np.array_equal(ours.frames[0], theirs.frames[0])
+        assert ours.frames[0].tobytes() == theirs.frames[0].tobytes()
         assert (ours.tube, ours.seconds, ours.bounds) == (
             theirs.tube,
             theirs.seconds,
