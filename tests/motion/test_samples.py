@@ -10,7 +10,7 @@ import pytest
 
 from neounify.data import DataError, Sample
 from neounify.data.configs import read_data
-from neounify.data.sample import SampleClip, SampleText
+from neounify.data.sample import SampleClip, SampleImage, SampleText
 from neounify.motion.bench.follow import fit_motion, follow
 from neounify.motion.world import motion_config
 from neounify.motion.world.samples import (
@@ -67,7 +67,7 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
             assert first % 4 == rest % 4 == 0
             assert first + rest in DEFAULT.lengths
             assert first <= rest
-    assert set(tasks) == set(MOTION_TASKS)
+    assert set(tasks) == {name for name, share in MOTION_TASKS.items() if share}
     assert 0.3 < tasks["t2v"] / 300 < 0.5
 
 
@@ -80,6 +80,18 @@ def test_a_caption_states_all_of_its_clip() -> None:
             seen = next(iter(track.seen.values()))
             assert str(seen.colour) in caption.text
             assert str(seen.shape) in caption.text
+
+
+def test_a_frame_is_an_image_of_what_its_caption_says() -> None:
+    for sample in islice(iter(MotionDataset(0, DEFAULT, {"t2i": 1})), 20):
+        ((caption,), (image,)) = (turn.parts for turn in sample.turns)
+        assert isinstance(caption, SampleText)
+        assert isinstance(image, SampleImage)
+        tracks = follow(image.pixels()[None], DEFAULT).tracks
+        seen = {(t.seen[0].colour, t.seen[0].shape) for t in tracks}
+        assert caption.text.count(" and ") == max(0, len(seen) - 1)
+        assert all(f"{colour} {shape}" in caption.text for colour, shape in seen)
+        assert seen or caption.text.startswith("Nothing on a ")
 
 
 def test_training_shows_nothing_that_is_held_out() -> None:
@@ -107,7 +119,8 @@ def test_a_recipe_names_them() -> None:
     assert set(data.tasks_drawn()) == {"video_qa"}
     assert data.image_sizes() == [(64, 64)]
     unseen = data.unseen(1)
-    assert {unseen[n].task for n in range(20)} == set(MOTION_TASKS)
+    usual = {name for name, share in MOTION_TASKS.items() if share}
+    assert {unseen[n].task for n in range(20)} == usual
     sample = data.build()[0]
     assert sample.task == "video_qa"
     assert clips(sample)[0].tubes
@@ -120,14 +133,14 @@ def test_a_recipe_names_them() -> None:
 def test_wrong_settings_are_refused() -> None:
     for wrong, message in (
         ({"world": "wide"}, "wide"),
-        ({"tasks": {"t2i": 1}}, "t2i"),
+        ({"tasks": {"edit": 1}}, "edit"),
         ({"tasks": {"t2v": 0}}, "one share must be above 0"),
         ({"shown_fps": 3.0}, "8 divided by a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             read_data({"kind": "motion", **wrong})
     with pytest.raises(DataError, match="tasks of clips"):
-        MotionDataset(0, DEFAULT, {"t2i": 1})
+        MotionDataset(0, DEFAULT, {"edit": 1})
     with pytest.raises(DataError, match="at least 0"):
         MotionDataset(-1, DEFAULT)
     with pytest.raises(DataError, match="no last sample"):

@@ -103,6 +103,15 @@ def motion_caption(facts: MotionFacts, rng: np.random.Generator | None = None) -
     return text[0].upper() + text[1:] + "."
 
 
+def frame_caption(scene: MotionScene, frame: int, rng: np.random.Generator) -> str:
+    """What one frame of a clip shows: the shapes in it and now and then the background."""
+    shown = [mover for mover in scene.movers if mover.path[frame] is not None]
+    nouns = [noun(ObjectFact(mover.shape, mover.colour)) for mover in shown]
+    text = " and ".join(nouns) or "nothing"
+    ground = f" on a {scene.background} background" if not nouns or chance(rng, 0.35) else ""
+    return f"{text[0].upper()}{text[1:]}{ground}."
+
+
 def _clause(fact: MoverFact, rng: np.random.Generator | None, *, participle: bool) -> str:
     forms = _VERBS[fact.motion.kind]
     verb = (forms[0] if rng is None else pick(rng, forms))[participle]

@@ -2,7 +2,8 @@
 
 Sample i of seed s is always the same, as in the scenes' data set. Tasks: "t2v" (a caption, then its
 clip), "video_qa" (a clip, then questions about it turn by turn), "video_caption" (a clip, then all
-that happens in it), "next_frames" (the first frames of a clip, then the others).
+that happens in it), "next_frames" (the first frames of a clip, then the others), "t2i" (what one
+frame shows, then it as an image: shapes at any place are learned from it at a tenth of the tokens).
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from pydantic.dataclasses import dataclass
 
 from neounify.config.ranges import STRICT, Seed, check_names, check_weights
 from neounify.data.configs import DataConfig
-from neounify.data.sample import DataError, Sample, SampleClip, SampleText, Turn
+from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.data.sources import EndlessSource
-from neounify.motion.world.language import draw_facts, motion_caption, motion_facts
+from neounify.motion.world.language import (
+    draw_facts,
+    frame_caption,
+    motion_caption,
+    motion_facts,
+)
 from neounify.motion.world.questions import ask_several_motion
 from neounify.motion.world.render import render_motion
 from neounify.motion.world.scene import (
@@ -37,6 +43,7 @@ MOTION_TASKS: dict[str, float] = {
     "video_qa": 0.3,
     "video_caption": 0.15,
     "next_frames": 0.15,
+    "t2i": 0.0,
 }
 """Tasks of the data set and their shares."""
 MAX_QUESTIONS = 4
@@ -138,6 +145,7 @@ class MotionDataset(EndlessSource):
             "video_qa": self._video_qa,
             "video_caption": self._video_caption,
             "next_frames": self._next_frames,
+            "t2i": self._t2i,
         }
         return Sample(task, makers[task](rng), id=f"motion-{self.seed}-{index}")
 
@@ -146,6 +154,13 @@ class MotionDataset(EndlessSource):
         prompt = SampleText(motion_caption(draw_facts(scene, rng), rng))
         clip = render_motion(scene, self.config)
         return Turn("user", (prompt,)), Turn("assistant", (SampleClip(clip, "target", FPS),))
+
+    def _t2i(self, rng: np.random.Generator) -> tuple[Turn, ...]:
+        scene = sample_motion(rng, self.config, self.split)
+        frame = int(rng.integers(scene.frames))
+        prompt = SampleText(frame_caption(scene, frame, rng))
+        image = SampleImage(render_motion(scene, self.config)[frame], "target")
+        return Turn("user", (prompt,)), Turn("assistant", (image,))
 
     def _video_qa(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_motion(rng, self.config, self.split)
