@@ -12,9 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.reader import CheckpointFolder
-from neounify.config import VideoConfig
+from neounify.config.presets import MOTION
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.sample import SampleClip, SampleText
 from neounify.errors import RequestError
@@ -25,15 +23,14 @@ from neounify.motion.bench import (
     motion_plan,
 )
 from neounify.motion.world import motion_config
-from neounify.motion.world.samples import SHOWN_FPS, MotionDataset
-from neounify.motion.world.scene import FPS
+from neounify.motion.world.samples import MotionDataset
 from neounify.pipeline import Pipeline, load
 from neounify.tasks.chat import make_chat_request, prompt_of
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import TokenizerRecipe, read_recipe
-from neounify.train.setup import build_setup, recipe_config
+from neounify.train.setup import build_setup
 from neounify.train.supervised import SupervisedConfig
 from support.models import TINY_CHANGES, one_thread
 
@@ -52,11 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stage, steps=2, compile=False, method=replace(stage.method, tokens_per_pack=900)
     )
     model = replace(
-        recipe.model,
-        checkpoint=None,
-        preset="scenes",
-        changes={**recipe.model.changes, **TINY_CHANGES},
-        tokenizer=TokenizerRecipe(vocab_size=300, samples=60),
+        recipe.model, changes=TINY_CHANGES, tokenizer=TokenizerRecipe(vocab_size=300, samples=60)
     )
     recipe = replace(recipe, model=model, stages=(stage,), workers=0)
     log = Log(folder, Console(quiet=True), tensorboard=False)
@@ -70,18 +63,8 @@ def test_two_steps_of_the_recipe(trained: Path) -> None:
     assert last["stage_step"] == 2
     assert np.isfinite([last["text/loss"], last["image/loss"]]).all()
     model = load(trained / "model")
-    assert model.config.video == VideoConfig(tube_frames=1, position_fps=8.0, image_weights=True)
-    defaults = model.config.sampling.video
-    assert (defaults.size, defaults.frames, defaults.fps) == ((64, 64), 8, FPS)
-
-
-def test_the_recipe_needs_no_new_weights_of_pixels() -> None:
-    """Its model is the checkpoint's but for the rows of new words."""
-    recipe = read_recipe(RECIPE)
-    source, config = CheckpointFolder.open(RECIPE.parent / "scenes-base"), recipe_config(recipe)
-    before, after = (expected_shapes(one) for one in (source.config, config))
-    assert before == after
-    assert config.sampling.video.sample_fps == SHOWN_FPS
+    assert model.config.video == MOTION.video
+    assert model.config.sampling.video == MOTION.sampling.video
 
 
 def test_its_model_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +96,7 @@ def test_a_question_of_training_is_the_prompt_of_inference(trained: Path) -> Non
         dropout=GuidanceDropout(text=0.0, all=0.0),
     )
     for number in range(4):
-        data = MotionDataset(number, motion_config("default"), {"video_qa": 1}, tubes=False)
+        data = MotionDataset(number, motion_config("default"), {"video_qa": 1}, shown_fps=None)
         asked: list[object] = []
 
         def note(prompts: list[object], asked: list[object] = asked, **_: object) -> list[object]:
