@@ -156,7 +156,7 @@ def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) ->
         clips.generate("x", condition=[], **SIZE)
     with pytest.raises(NeounifyError, match="the clip: is empty"):
         clips.generate("x", condition=b"", **SIZE)
-    with pytest.raises(NeounifyError, match="the prompt is empty; describe how the clip goes on"):
+    with pytest.raises(NeounifyError, match="the prompt is empty; describe the next frames"):
         clips.generate(" ", condition=Video(torch.zeros(4, 32, 32, 3).byte(), Fraction(16)), **SIZE)
 
 

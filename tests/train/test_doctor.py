@@ -158,7 +158,7 @@ def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
 
 
 def test_a_clip_is_generated_where_no_image_is(tmp_path: Path) -> None:
-    data = [{"kind": "motion", "world": "easy", "tasks": {"t2v": 1}}]
-    found = findings(*case(tmp_path, "motion", data=data), steps=3)
-    assert "the overfitted prompt gives its target at" in found["generation"].what
-    assert found["generation"].good is None  # three steps overfit nothing
+    clips = [{"kind": "motion", "world": "easy", "tasks": {"t2v": 1}}]
+    by_name = findings(*case(tmp_path, "motion", data=clips), steps=3)
+    assert "the overfitted prompt gives its target at" in by_name["generation"].what
+    assert by_name["generation"].good is None  # three steps overfit nothing

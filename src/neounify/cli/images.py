@@ -136,7 +136,7 @@ def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageRe
         [job.prompt for job in jobs],
         seed=[job.options.seed for job in jobs],
         callback=on_step,
-        condition=() if first.condition is None else first.condition,
+        condition=first.condition,
         **first.options.arguments(),
     )
 

@@ -145,9 +145,9 @@ class NeoUnify(nn.Module):
         if token_ids.numel():
             parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
         side, channels = self.config.token_size, self.config.channels
-        pictures = [patchify(image[None], side, channels)[0] for image in images if image.ndim == 3]
-        if pictures:
-            parts.append(self.und_patch(torch.cat(pictures).to(self.compute_dtype), rows))
+        alone = [patchify(image[None], side, channels)[0] for image in images if image.ndim == 3]
+        if alone:
+            parts.append(self.und_patch(torch.cat(alone).to(self.compute_dtype), rows))
         tubes = [tube_rows(image, side, len(image)) for image in images if image.ndim == 4]
         if tubes:
             parts.append(self.und_tube(torch.cat(tubes).to(self.compute_dtype)))

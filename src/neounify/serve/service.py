@@ -249,19 +249,16 @@ class EngineService:
         """Maximum image tokens in progress for a request. ImageError for an image too large."""
         count, sizes = 1, list[tuple[int, int]]()
         if isinstance(request, ImageRequest):
-            count, sizes = request.count, [(request.width, request.height)]
+            tubes = request.grid(self.config).tubes if request.frames else 1
+            count, sizes = request.count * tubes, [(request.width, request.height)]
         elif isinstance(request, InterleaveRequest):
             sizes = list(request.sizes)
         for size in sizes:
             check_image_tokens(self.config, *size, self.admission.largest_image(self.config))
         tokens = count * max((image_tokens(self.config, *size) for size in sizes), default=0)
-        if isinstance(request, ImageRequest) and request.frames:
-            tokens = count * request.grid(self.config).length
-        if (
-            isinstance(request, ImageRequest | InterleaveRequest)
-            and request.sampling.cache.threshold
-        ):
-            tokens += cached_tokens(self.processor, request.sampling, tokens)
+        if isinstance(request, ImageRequest | InterleaveRequest):
+            caches = request.sampling.cache.threshold > 0
+            tokens += cached_tokens(self.processor, request.sampling, tokens) if caches else 0
         return tokens
 
     def _retry_after(self) -> float:

@@ -138,7 +138,7 @@ def after_clip(condition: Sequence[ClipPiece], prompt: str) -> str:
     Raises PromptError for an empty text behind a clip.
     """
     if condition and not prompt.strip():
-        raise PromptError("the prompt is empty; describe how the clip goes on")
+        raise PromptError("the prompt is empty; describe the next frames")
     return clip_text([piece.seconds for piece in condition]) + prompt
 
 
