@@ -19,7 +19,7 @@ from neounify.train.supervised import SupervisedConfig
 from support.own_data import png, write_lines
 
 
-def case(folder: Path, preset: str = "scenes", **stage: Any) -> tuple[Recipe, TrainSetup]:
+def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
     changes = {
         "hidden_size": 32,
         "num_layers": 1,
@@ -28,6 +28,7 @@ def case(folder: Path, preset: str = "scenes", **stage: Any) -> tuple[Recipe, Tr
         "head_dim": 16,
         "flow_head_width": 32,
     }
+    preset = stage.pop("preset", "scenes")
     recipe = recipe_from_table(
         {
             "name": "x",
@@ -159,6 +160,6 @@ def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
 
 def test_a_clip_is_generated_where_no_image_is(tmp_path: Path) -> None:
     clips = [{"kind": "motion", "world": "easy", "tasks": {"t2v": 1}}]
-    by_name = findings(*case(tmp_path, "motion", data=clips), steps=3)
+    by_name = findings(*case(tmp_path, preset="motion", data=clips), steps=3)
     assert "the overfitted prompt gives its target at" in by_name["generation"].what
     assert by_name["generation"].good is None  # three steps overfit nothing

@@ -289,8 +289,8 @@ def _generation(
     with setup.parallel.sampling() as model:
         pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)
         pixels = _generated(pipe, samples[task], target)
-    # The frames of a clip are compared as one tall image.
-    decibels = psnr(*(x.reshape(-1, *x.shape[-2:]) for x in (target, pixels)))
+    tall = (-1, *target.shape[-2:])  # the frames of a clip are compared as one tall image
+    decibels = psnr(target.reshape(tall), pixels.reshape(tall))
     overfitted = overfit.last.get("image/clean", 1.0) < MAX_CLEAN_ERROR
     like = decibels > MIN_PSNR
     advice = ""
