@@ -16,7 +16,7 @@ import neounify
 from neounify.attention import BACKENDS, backends
 from neounify.engine.denoiser import DenoiseJob, Denoiser, groups
 from neounify.errors import ConfigError
-from neounify.model import Layout, neo
+from neounify.model import Layout, embed, neo
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
 from support.denoising import denoised
@@ -173,14 +173,14 @@ def test_rotations_are_computed_once_for_all_steps(
 ) -> None:
     """Those of attention and of patches; no step copies anything from the host."""
     calls: list[str] = []
-    for name in ("attention_rotation", "patch_rotation"):
-        original = getattr(neo, name)
+    for module, name in ((neo, "attention_rotation"), (embed, "patch_rotation")):
+        original = getattr(module, name)
 
         def count(*args: Any, name: str = name, original: Any = original, **kw: Any) -> Any:
             calls.append(name)
             return original(*args, **kw)
 
-        monkeypatch.setattr(neo, name, count)
+        monkeypatch.setattr(module, name, count)
     stepper, two = Denoiser(pipe.model), [job(pipe, "a", 64, 4), job(pipe, "a cat", 96, 4)]
     calls.clear()
     with torch.inference_mode():
