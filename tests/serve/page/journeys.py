@@ -28,9 +28,6 @@ STORY = (
     "background. Draw a blue star in the bottom right."
 )
 
-LONG = "1000"
-"""Steps of a tiny model that last for several of the page's looks at the server."""
-
 # Keeps what every image of the page showed, in order: (state of its tile, its URL, its caption).
 _WATCH = """
 window.shown = [];
@@ -167,14 +164,15 @@ def variations(browser: WebDriver, base_url: str) -> None:
 def video(browser: WebDriver, base_url: str) -> list[str]:
     """Video: previews of a frame, then the video, which plays; gives the previews' URLs."""
     open_page(browser, base_url, "video")
-    enter(browser, "#setting-steps", LONG)
+    enter(browser, "#setting-steps", "200")
+    enter(browser, "#setting-frames", "64")  # so that it lasts for several looks at the server
     enter(browser, "#video-input", "A red circle moves to the right.")
     click(browser, "#video .primary")
     wait_for(browser, "#video .card", 1)
     wait_until_done(browser, "#video")
     assert_plays(browser, "#video .tile[data-state=finished] video")
     previews = previews_shown(browser)
-    assert all("% of 8 frames" in words for words in previews.values())
+    assert all("% of 64 frames" in words for words in previews.values())
     return list(previews)
 
 

@@ -71,13 +71,13 @@ def test_previews_come_before_the_video_which_plays(
     shoot(name)
     element = journeys.find(browser, "#video video")
     assert (element.get_property("videoWidth"), element.get_property("videoHeight")) == (64, 48)
-    assert "8 frames, 0.33 s, 64x48" in journeys.text_of(browser, "#video figcaption")
+    assert "64 frames, 2.67 s, 64x48" in journeys.text_of(browser, "#video figcaption")
     journeys.open_gallery(browser)
     journeys.assert_plays(browser, "#viewer video")
     facts = journeys.text_of(browser, "#viewer dl").split("\n")
-    assert facts[facts.index("Steps") + 1] == journeys.LONG
+    assert facts[facts.index("Steps") + 1] == "200"
     assert facts[facts.index("Solver") + 1] == "unipc"
-    assert facts[facts.index("Frames") + 1] == "8"
+    assert facts[facts.index("Frames") + 1] == "64"
     journeys.assert_fits(browser)
     shoot(f"{name}-viewer")
     journeys.wait(browser, lambda: jobs(films) == [])
@@ -117,7 +117,7 @@ def test_settings_are_sent_and_the_file_is_saved(
 
 def test_a_stopped_video_ends_on_the_server(browser: Browser, films: str, shoot: Shoot) -> None:
     journeys.open_page(browser, films, "video")
-    journeys.enter(browser, "#setting-steps", journeys.LONG)
+    journeys.enter(browser, "#setting-steps", "200")
     journeys.enter(browser, "#setting-frames", "64")
     journeys.enter(browser, "#video-input", "a fox" + Keys.ENTER)
     journeys.wait(
@@ -134,7 +134,7 @@ def test_a_stopped_video_ends_on_the_server(browser: Browser, films: str, shoot:
 
 def test_a_video_that_is_left_ends_on_the_server(browser: Browser, films: str) -> None:
     journeys.open_page(browser, films, "video")
-    journeys.enter(browser, "#setting-steps", journeys.LONG)
+    journeys.enter(browser, "#setting-steps", "200")
     journeys.enter(browser, "#setting-frames", "64")
     journeys.enter(browser, "#video-input", "a fox" + Keys.ENTER)
     journeys.wait(browser, lambda: len(jobs(films)) == 1)
@@ -154,7 +154,7 @@ def test_a_refusal_is_said_near_the_button(browser: Browser, films: str, shoot: 
 
 def test_a_job_that_the_server_lost_is_said(browser: Browser, films: str) -> None:
     journeys.open_page(browser, films, "video")
-    journeys.enter(browser, "#setting-steps", journeys.LONG)
+    journeys.enter(browser, "#setting-steps", "200")
     journeys.enter(browser, "#setting-frames", "64")
     journeys.enter(browser, "#video-input", "a fox" + Keys.ENTER)
     journeys.wait(browser, lambda: len(jobs(films)) == 1)
