@@ -57,9 +57,7 @@ def prefill(model: NeoUnify, spans: Sequence[Span]) -> int:
 def denoise(model: NeoUnify, grid: Grid, prefixes: Sequence[int]) -> int:
     """Operations of one step behind prefixes of so many tokens; its pixels are embedded once."""
     layout = Layout(Document((Noise.of(grid),), past=prefix) for prefix in prefixes)
-    embed, head = model.gen_patch, model.image_head
-    if grid.tubes and not model.config.clips_are_images:
-        embed, head = model.gen_tube, model.video_head
+    embed, head = model.pixel_layers(grid.kind)
     passed = layer_weights(model, GEN) + weights(head)
     layers = 2 * passed * layout[GEN].length + attention(model.config, layout.pairs(GEN))
     return layers + 2 * weights(embed) * grid.length

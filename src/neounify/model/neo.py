@@ -118,6 +118,12 @@ class NeoUnify(nn.Module):
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return self.compute_dtype
 
+    def pixel_layers(self, kind: Kind) -> tuple[nn.Module, nn.Module]:
+        """The generation stream's embedding and head of a kind of token."""
+        if kind == "image" or self.config.clips_are_images:
+            return self.gen_patch, self.image_head
+        return self.gen_tube, self.video_head
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeoUnify:
         super()._apply(fn, recurse)
         # A cast of the weights is a cast of what is computed with them.

@@ -78,11 +78,10 @@ def read_frames(
         return source
     if isinstance(source, Video):
         choice = frame_choice(config, fps, max_frames, tubes)
-        rate = float(source.fps)
-        times = [number / rate for number in range(len(source.frames))]
-        indices, grouped = choice.take(Timeline(times, source.seconds))
-        images = source.images
-        return _seen(config, [images[n] for n in indices], [times[n] for n in indices], grouped)
+        images, timeline = source.images, _timeline_of(source)
+        indices, grouped = choice.take(timeline)
+        times = [timeline.times[n] for n in indices]
+        return _seen(config, [images[n] for n in indices], times, grouped)
     return read_file(source, config, fps, max_frames, tubes=tubes)[0]
 
 
@@ -150,8 +149,7 @@ def frames_before(
     rate = float(config.sampling.video.fps if fps is None else fps)
     most = frame_choice(config, rate, max_frames).max_frames
     if isinstance(source, Video):
-        times = [number / float(source.fps) for number in range(len(source.frames))]
-        images, timeline = source.images, Timeline(times, source.seconds)
+        images, timeline = source.images, _timeline_of(source)
     else:
         frames, clip = read_file(source, config, rate, most, limits=limits, reserve=reserve)
         images = list(frames.images)
@@ -183,6 +181,11 @@ def read_shown(
     limits = limits or VideoLimits()
     area = min(reserve * frame_bounds(config, 1)[1], limits.output_pixels // choice.max_frames)
     return read_video(source, choice, limits=limits, frame_pixels=max(1, area))
+
+
+def _timeline_of(video: Video) -> Timeline:
+    rate = float(video.fps)
+    return Timeline([number / rate for number in range(len(video.frames))], video.seconds)
 
 
 def _seen(

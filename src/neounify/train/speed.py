@@ -92,9 +92,7 @@ class StepOperations:
         }
         heads: dict[Kind, nn.Module] = {"image": model.image_head}
         if self.config.video is not None:
-            shared = self.config.clips_are_images
-            patches[GEN, "tube"] = model.gen_patch if shared else model.gen_tube
-            heads["tube"] = model.image_head if shared else model.video_head
+            patches[GEN, "tube"], heads["tube"] = model.pixel_layers("tube")
             if self.config.sees_tubes:
                 patches[UND, "tube"] = model.und_tube
         embeds = {s: [module for (n, _), module in patches.items() if n == s] for s in STREAMS}

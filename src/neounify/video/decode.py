@@ -234,7 +234,8 @@ class _Decoder:
     def _scan(self) -> Timeline:
         """The times of all frames, from the packets alone."""
         last = (-(2**63), 0)  # the greatest time stamp, and where its frame ends
-        for number, packet in enumerate(self._packets()):
+        packets = (packet for packet in self._packets() if packet.size)
+        for number, packet in enumerate(packets):
             if number >= self._limits.frames:
                 raise VideoError(f"has more than {self._limits.frames} frames")
             stamp = packet.dts if packet.pts is None else packet.pts
@@ -266,10 +267,9 @@ class _Decoder:
         return Timeline(times, end, rounding=float(self._unit) / 2)
 
     def _packets(self) -> Iterator[Packet[VideoStream]]:
+        """The packets from here to where the file is cut off; the last, empty one ends decoding."""
         try:
-            for packet in self._container.demux(self._stream):
-                if packet.size:
-                    yield packet
+            yield from self._container.demux(self._stream)
         except self._av.FFmpegError as error:
             if not self._stamps:
                 raise VideoError("damaged or cut off") from error
@@ -327,15 +327,8 @@ class _Decoder:
         return True
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames from here to where the file is cut off; damaged packets are passed over."""
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except self._av.FFmpegError:
-                return
-            if packet is None:
-                return
+        """All frames from here on; packets that are damaged are passed over."""
+        for packet in self._packets():
             try:
                 yield from self._context.decode(packet)
             except self._av.FFmpegError:
