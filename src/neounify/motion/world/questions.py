@@ -81,14 +81,28 @@ def ask_motion(
 
 
 def ask_several_motion(
-    scene: MotionScene, rng: np.random.Generator, count: int
+    scene: MotionScene,
+    rng: np.random.Generator,
+    count: int,
+    first: MotionQuestionKind | None = None,
 ) -> list[MotionQuestion]:
-    """Up to `count` questions of different kinds; fewer if few fit."""
-    questions: list[MotionQuestion] = []
+    """Up to `count` questions of different kinds; fewer if few fit. `first` names the first kind.
+
+    Raises DataError where the clip does not allow `first`.
+    """
+    questions = [] if first is None else [ask_motion(scene, rng, first)]
     for kind in shuffled(rng, MOTION_QUESTIONS):
-        if len(questions) < count and _ASKERS[kind](scene, rng) is not None:
+        fits = kind != first and _ASKERS[kind](scene, rng) is not None
+        if len(questions) < count and fits:
             questions.append(ask_motion(scene, rng, kind))
     return questions
+
+
+def allows_question(
+    scene: MotionScene, rng: np.random.Generator, kind: MotionQuestionKind
+) -> bool:
+    """Whether the clip has an answer to a question of that kind."""
+    return _ASKERS[kind](scene, rng) is not None
 
 
 Asked = tuple[dict[str, str], str, str] | None

@@ -24,7 +24,12 @@ from neounify.motion.world.language import (
     motion_caption,
     motion_facts,
 )
-from neounify.motion.world.questions import ask_several_motion
+from neounify.motion.world.questions import (
+    MOTION_QUESTIONS,
+    MotionQuestionKind,
+    allows_question,
+    ask_several_motion,
+)
 from neounify.motion.world.render import render_motion
 from neounify.motion.world.scene import (
     FPS,
@@ -52,6 +57,7 @@ CAPTION_REQUESTS = ("Describe the clip.", "What happens in the clip?", "What doe
 CONTINUE_REQUESTS = ("Continue the clip.", "What happens next?", "Show the next frames.")
 SHOWN_FPS = 4.0
 """Frames a second of clips that questions are about: every second one."""
+_MAX_TRIES = 1000
 DECIDED_KINDS: tuple[MotionKind, ...] = ("move", "grow", "shrink", "bounce", "stay")
 """Motions that the first frames of a clip decide."""
 
@@ -68,6 +74,7 @@ class MotionData(DataConfig):
     tasks: dict[str, float] | None = None
     tubes: bool = True
     shown_fps: float = SHOWN_FPS
+    questions: dict[str, float] | None = None
     seed: Seed = 0
     split: Split = "train"
 
@@ -79,6 +86,10 @@ class MotionData(DataConfig):
             check_weights("tasks", self.tasks, tuple(MOTION_TASKS))
             if not any(self.tasks.values()):
                 raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
+        if self.questions is not None:
+            check_weights("questions", self.questions, MOTION_QUESTIONS)
+            if not any(self.questions.values()):
+                raise ValueError(f"questions: one share must be above 0, got {self.questions}")
 
     def build(self) -> MotionDataset:
         return MotionDataset(
@@ -87,6 +98,7 @@ class MotionData(DataConfig):
             self.tasks,
             tubes=self.tubes,
             shown_fps=self.shown_fps or None,
+            questions=self.questions,
             split=self.split,
         )
 
@@ -112,6 +124,8 @@ class MotionDataset(EndlessSource):
             each as an image.
         shown_fps: frames a second of a clip that questions are about, each seen as an image; a
             divisor of `FPS`. None: all frames, in tubes.
+        questions: shares of the kinds that the first question about a clip has; None draws a clip
+            first and then any kind that it allows, which seldom is one of `which` and `colour`.
         split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
     """
 
@@ -123,6 +137,7 @@ class MotionDataset(EndlessSource):
         *,
         tubes: bool = True,
         shown_fps: float | None = SHOWN_FPS,
+        questions: Mapping[str, float] | None = None,
         split: Split = "train",
     ) -> None:
         weights = dict(task_weights if task_weights is not None else MOTION_TASKS)
@@ -134,6 +149,7 @@ class MotionDataset(EndlessSource):
             )
         self.seed, self.config, self.task_weights = seed, config, weights
         self.tubes, self.shown_fps = tubes, shown_fps
+        self.questions = questions
         self._step = 1 if shown_fps is None else frame_step(shown_fps)
         self.split: Split = split
 
@@ -163,16 +179,29 @@ class MotionDataset(EndlessSource):
         return Turn("user", (prompt,)), Turn("assistant", (image,))
 
     def _video_qa(self, rng: np.random.Generator) -> tuple[Turn, ...]:
-        scene = sample_motion(rng, self.config, self.split)
+        scene, first = self._asked_scene(rng)
         count = int(rng.integers(1, MAX_QUESTIONS + 1))
         turns: list[Turn] = []
-        for question in ask_several_motion(scene, rng, count):
+        for question in ask_several_motion(scene, rng, count, first):
             shown = () if turns else (self._watched(render_motion(scene, self.config)),)
             turns += [
                 Turn("user", (*shown, SampleText(question.text))),
                 Turn("assistant", (SampleText(question.answer, loss=True),)),
             ]
         return tuple(turns)
+
+    def _asked_scene(
+        self, rng: np.random.Generator
+    ) -> tuple[MotionScene, MotionQuestionKind | None]:
+        """A clip and the kind of its first question. Raises DataError where no clip allows it."""
+        if self.questions is None:
+            return sample_motion(rng, self.config, self.split), None
+        kind: MotionQuestionKind = pick_weighted(rng, self.questions)
+        for _ in range(_MAX_TRIES):
+            scene = sample_motion(rng, self.config, self.split)
+            if allows_question(scene, rng, kind):
+                return scene, kind
+        raise DataError(f"no clip in {_MAX_TRIES} allows a question of kind {kind!r}")
 
     def _video_caption(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_motion(rng, self.config, self.split)
