@@ -221,6 +221,14 @@ def _foreign(metadata: Any) -> None:
     metadata.state_dict_metadata["x"] = ("neither", "of both")
 
 
+def _doubled(depth: int) -> bytes:
+    """A pickle of a dictionary whose key is a tuple that is twice the same tuple, and so on."""
+    value: Any = ()
+    for _ in range(depth):
+        value = (value, value)
+    return b"\x80\x04}" + pickle.dumps(value, protocol=4)[11:-1] + b"K\x01s."
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (lambda f: (f / "model" / ".metadata").unlink(), "holds no torch distributed"),
     "half a pickle": (
@@ -230,6 +238,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number for an object that takes gigabytes": (
         lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f."),
         "an object is numbered 2147483647, in 9 bytes",
+    ),
+    "a key that takes ages": (
+        lambda f: (f / "model" / ".metadata").write_bytes(_doubled(60)),
+        "a tuple holds more than 10,000 values",
+    ),
+    "a copy of a copy of a copy": (
+        lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s."),
+        "a tuple holds more than 10,000 values",
     ),
     "bytes that are not there": (
         lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f"),

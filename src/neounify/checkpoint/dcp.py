@@ -44,6 +44,8 @@ MAX_SIDES = 64
 """Sides of a tensor in torch."""
 MAX_VALUES = 16
 """Arguments that an object of the metadata is made with, at most."""
+MAX_TUPLE_VALUES = 10_000
+"""Values in a tuple and in the tuples inside it."""
 
 
 def convert_dcp(
@@ -92,7 +94,7 @@ def read_dcp(source: Path) -> list[StoredTensor]:
     path = folder / METADATA
     try:
         data = read_bytes(path, MAX_METADATA_BYTES, CheckpointError)
-        _check_memo(data)
+        _check_pickle(data)
         return _tensors(_Unpickler(io.BytesIO(data)).load(), folder)
     except CheckpointError:
         raise
@@ -159,15 +161,46 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 """What `torch.distributed.checkpoint.save` of torch 2.13 names → what stands for it here."""
 
 
-def _check_memo(data: bytes) -> None:
-    """Raise ValueError for a pickle that numbers its objects beyond their count.
+def _check_pickle(data: bytes) -> None:
+    """Raise ValueError for a pickle that a few bytes make costly.
 
-    The unpickler makes room for all numbers up to the greatest, and ten bytes can name billions.
+    Objects numbered beyond their count: the unpickler makes room for all numbers up to the
+    greatest. Tuples of tuples that are the same twice, and twice again: a dictionary that has such
+    a key walks all of them.
     """
+    stack, marks, memo = list[int](), list[int](), dict[int, int]()
+    """The number of values inside each object on the stack and in the memo, as far as it is a
+    tuple."""
     for opcode, number, _ in pickletools.genops(data):
-        is_numbered = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if is_numbered and number is not None and not 0 <= number < len(data):
-            raise ValueError(f"an object is numbered {number}, in {len(data)} bytes")
+        if opcode.name == "MARK":
+            marks.append(len(stack))
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if opcode.name == "MEMOIZE" else number
+            if not 0 <= number < len(data):
+                raise ValueError(f"an object is numbered {number}, in {len(data)} bytes")
+            memo[number] = stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[number])
+        elif opcode.name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken = _taken(opcode, stack, marks)
+            size = 1 + sum(taken) if "TUPLE" in opcode.name or opcode.name == "REDUCE" else 1
+            if size > MAX_TUPLE_VALUES:
+                raise ValueError(f"a tuple holds more than {MAX_TUPLE_VALUES:,} values")
+            stack += [size] * len(opcode.stack_after)
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> list[int]:
+    """What an opcode takes from the stack, removed from it, and from the marks its mark."""
+    count = len(opcode.stack_before)
+    if pickletools.markobject in opcode.stack_before:
+        count = opcode.stack_before.index(pickletools.markobject) + len(stack) - marks.pop()
+    if count > len(stack):
+        raise ValueError(f"{opcode.name} has nothing to take")
+    taken = stack[len(stack) - count :]
+    del stack[len(stack) - count :]
+    return taken
 
 
 class _Unpickler(pickle.Unpickler):
