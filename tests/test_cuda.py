@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 import neounify
+from engine.test_graphs import engine_tokens
 from neounify.bundled import bundled_model
 from neounify.cache import new_cache
+from neounify.checkpoint import CheckpointFolder
+from neounify.checkpoint.quantise_files import quantise_checkpoint
 from neounify.config import TextSampling
 from neounify.decode.sampler import SamplingBatch, SamplingState
 from neounify.engine.denoiser import Denoiser, make_job
@@ -26,6 +30,10 @@ from neounify.engine.understanding import forward_und
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Text
 from neounify.model.layout import Grid
+from neounify.quant.backends import W8A8_ROWS, choose_backend
+from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, PublishedFormat
+from neounify.quant.linear import QuantLinear
+from neounify.text.tokenizer import Tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import Recipe
@@ -40,8 +48,12 @@ from train.test_trainer import recipe
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 """Without a GPU nothing here runs; docs/log.md says where and when it last did."""
 
-RELATIVE = 2e-3
-"""Relative error of a trajectory in float32, whose sums run in another order than on the CPU."""
+RELATIVE, HALF = 2e-3, 0.05
+"""Relative error of a trajectory in float32, whose sums run in another order than on the CPU, and
+in bfloat16."""
+PRESETS = {"int8": "w8a8", "fp8": "torch", "w4": "w8a8"}
+"""Preset → the backend that rounds x as a GPU does, on the CPU too."""
+FORMATS: list[PublishedFormat] = [Int8Rows(), Int8Rows(64), Fp8Rows(), FourBits(64)]
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +62,20 @@ def pipe() -> neounify.Pipeline:
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
-@pytest.mark.parametrize("attention", ["auto", "blocks", "sdpa"])
-def test_the_recorded_trajectory_of_an_image(name: str, attention: Any) -> None:
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        ("auto", "float32"),
+        ("blocks", "float32"),
+        ("sdpa", "float32"),
+        ("graphs", "float32"),
+        ("graphs", "bfloat16"),
+        ("varlen", "bfloat16"),
+    ],
+)
+def test_the_recorded_trajectory_of_an_image(name: str, attention: str, dtype: str) -> None:
     recorded = recording(name).arrays
-    pipe = neounify.load(FOLDER / name, dtype="float32", device="cuda", attention=attention)
+    pipe = neounify.load(FOLDER / name, dtype=dtype, device="cuda", attention=attention)
     result = pipe.generate(
         PROMPT,
         width=WIDTH,
@@ -64,7 +86,99 @@ def test_the_recorded_trajectory_of_an_image(name: str, attention: Any) -> None:
         t_eps=T_EPS,
         noise=recorded["image.noise"][None].to("cuda"),
     )
-    assert_close(result.pixels[0].cpu(), recorded["image.final"], RELATIVE)
+    relative = RELATIVE if dtype == "float32" else HALF
+    assert_close(result.pixels[0].cpu(), recorded["image.final"], relative)
+
+
+def image_of(pipe: neounify.Pipeline) -> Tensor:
+    """Pixels [1, 3, 64, 64] of a few guided steps, on the CPU."""
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    result = pipe.generate("a red circle", steps=6, noise=noise.to(pipe.model.device))
+    return result.pixels.float().cpu()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("memory", ["stream", "layers"])
+def test_modes_of_memory_give_the_same_bits(pipe: neounify.Pipeline, memory: Any) -> None:
+    resident = 2 if memory == "layers" else None
+    some = neounify.load(bundled_model(), device="cuda", memory=memory, resident_layers=resident)
+    assert torch.equal(image_of(some), image_of(pipe))
+    question = "What colour is the circle?"
+    shown = pipe.generate("a red circle", seed=1, steps=8).images
+    assert some.chat(question, images=shown).text == pipe.chat(question, images=shown).text
+    on_cpu = neounify.load(bundled_model(), dtype=pipe.model.compute_dtype)
+    bound = RELATIVE if pipe.model.compute_dtype == torch.float32 else HALF
+    assert distance(image_of(some), image_of(on_cpu)) < bound
+
+
+@pytest.mark.parametrize("attention", ["auto", "graphs"])
+def test_an_engine_decodes_what_it_does_on_the_cpu(attention: str) -> None:
+    models = [
+        neounify.load(FOLDER / "dense", dtype="float32", device=device).model
+        for device in ("cuda", "cpu")
+    ]
+    assert engine_tokens(models[0], attention, 0.0) == engine_tokens(models[1], "auto", 0.0)
+
+
+# --- codes ---
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model by preset, quantised on the CPU."""
+    folders = {preset: tmp_path_factory.mktemp("codes") / preset for preset in PRESETS}
+    for preset, folder in folders.items():
+        quantise_checkpoint(
+            CheckpointFolder.open(bundled_model()),
+            folder,
+            preset,
+            tokenizer=Tokenizer.from_folder(bundled_model(), ()),
+        )
+    return folders
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", "named"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_models_of_codes_are_those_of_the_cpu(
+    coded: dict[str, Path], preset: str, backend: str
+) -> None:
+    """Those that round x are as near to the CPU's as rounding takes that from the reference."""
+    named = PRESETS[preset]
+    used = named if backend == "named" else backend
+    options: dict[str, Any] = {"dtype": "float32"}
+    here = neounify.load(coded[preset], device="cuda", backend=used, **options)
+    reference = image_of(neounify.load(coded[preset], backend="reference", **options))
+    if backend == "reference":
+        assert distance(image_of(here), reference) < RELATIVE
+        return
+    rounded = image_of(neounify.load(coded[preset], backend=named, **options))
+    bound = distance(rounded, reference)
+    assert 0 < bound < 0.2
+    nearest = rounded if backend == "named" else reference
+    assert distance(image_of(here), nearest) < max(bound, RELATIVE)
+
+
+@pytest.mark.parametrize("rows", [1, W8A8_ROWS - 1, W8A8_ROWS, 1000])
+@pytest.mark.parametrize("shape", [(512, 512), (40, 192), (36, 192)], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_layers_of_codes(format: PublishedFormat, shape: tuple[int, int], rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(n, shape[1], generator=generator) for n in (shape[0], rows))
+    outputs = {}
+    for device in ("cpu", "cuda"):
+        for backend in ("reference", "auto"):
+            chosen = choose_backend(backend, format, shape, torch.device(device))
+            layer = QuantLinear(format, shape, None, chosen)
+            for name, tensor in format.quantise(weight).items():
+                layer.register_parameter(name, nn.Parameter(tensor.to(device), False))
+            outputs[device, backend] = layer(x.to(device)).cpu()
+    expected = outputs["cpu", "reference"]
+    largest = float(expected.abs().max())
+    assert float((outputs["cuda", "reference"] - expected).abs().max()) <= 1e-5 * largest
+    assert float((outputs["cuda", "auto"] - expected).abs().max()) <= 0.05 * largest
 
 
 def test_every_task_gives_the_same_twice(pipe: neounify.Pipeline) -> None:

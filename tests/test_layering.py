@@ -136,6 +136,43 @@ def test_imports_point_up_the_list() -> None:
     assert excused == set(EXCUSED), "an excuse that nothing needs"
 
 
+WITHOUT_FAMILIES = ("model", "flow", "pipeline", "tasks", "engine")
+"""Packages that read fields of a config and never its family."""
+
+
+def comparisons_of_family(text: str) -> list[int]:
+    """Lines of a source that compare a family of checkpoints, or match on it."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            sides = [node.subject]
+        names = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+        if names & {"family", "SENSENOVA_U1", "PIXELUMM"}:
+            lines.append(sides[0].lineno)
+    return lines
+
+
+def test_layers_flow_and_tasks_never_ask_for_the_family() -> None:
+    asking = [
+        f"{path.relative_to(SOURCE).as_posix()}:{line}"
+        for path in FILES
+        if _package(_name(path)) in WITHOUT_FAMILIES
+        for line in comparisons_of_family(path.read_text(encoding="utf-8"))
+    ]
+    assert not asking, "make what differs a field of the config"
+
+
+def test_a_comparison_of_families_is_found() -> None:
+    text = (
+        "if config.family == 'pixelumm':\n    pass\nx = family in ('a',)\ny = PIXELUMM != z\n"
+        "match c.family:\n    case _: pass\ntitle = title_of(config.family)\nz = c.width == 1\n"
+    )
+    assert sorted(comparisons_of_family(text)) == [1, 3, 4, 5]
+
+
 def test_no_modules_import_each_other() -> None:
     graph = {
         _name(path): {module for _, module, on_import in imports(path) if on_import} - {_name(path)}

@@ -26,6 +26,7 @@ from neounify.config.families import FAMILIES, PIXELUMM
 from neounify.config.presets import TINY
 from neounify.errors import CheckpointError, ConfigError
 from neounify.text import Tokenizer, byte_tokenizer
+from support.checkpoint_folders import SMALL, random_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CONFIG = TINY.replace(**FAMILIES[PIXELUMM].profile, flow_head_width=4096, vision_hidden_size=1024)
@@ -79,6 +80,43 @@ def test_every_tensor_arrives_as_it_was(stored: Path, tmp_path: Path, shard: int
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[name], wanted[name]) for name in wanted)
     assert load_model(target).config == CONFIG
+
+
+@pytest.mark.parametrize("inner", ["", "model"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_checkpoint_that_may_be_unfinished_is_noted(
+    stored: Path, tmp_path: Path, inner: str, finished: bool
+) -> None:
+    source, notes = _copy(stored, tmp_path / "dcp"), list[str]()
+    if not finished:
+        (source / "__SAVE_COMPLETE").unlink()
+    convert_dcp(
+        source / inner, stored / "llm", tmp_path / "out", tokenizer=_bytes, note=notes.append
+    )
+    wanted = f"{source / inner} lacks __SAVE_COMPLETE, which PixelUMM checkpoints have once"
+    assert [note.startswith(wanted) for note in notes] == [True] * (not finished)
+
+
+def test_a_folder_without_config_says_where_to_get_it(stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no config.json: name the folder with config.json and the tokenizer of "
+        r"Qwen3-8B, as --config",
+    ):
+        convert_dcp(stored, stored, tmp_path / "out", tokenizer=_bytes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_the_first_family_are_converted_with_its_config(
+    stored: Path, tmp_path: Path
+) -> None:
+    weights = random_weights(SMALL)
+    dcp.save(weights, checkpoint_id=tmp_path / "model", no_dist=True)
+    with pytest.raises(ConfigError, match="weights are those of a SenseNova-U1 model, but the con"):
+        convert_dcp(tmp_path, stored / "llm", tmp_path / "out", tokenizer=_bytes)
+    (tmp_path / "config.json").write_text(json.dumps(write_config(SMALL)))
+    target = convert_dcp(tmp_path, tmp_path, tmp_path / "out", tokenizer=_bytes)
+    assert load_model(target).config == SMALL
 
 
 def test_the_folder_of_the_files_itself(stored: Path) -> None:
@@ -244,7 +282,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "a tuple holds more than 10,000 values",
     ),
     "a copy of a copy of a copy": (
-        lambda f: (f / "model" / ".metadata").write_bytes(b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s."),
+        lambda f: (f / "model" / ".metadata").write_bytes(
+            b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s."
+        ),
         "a tuple holds more than 10,000 values",
     ),
     "bytes that are not there": (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import neounify
 from neounify.checkpoint import (
     CheckpointFolder,
     expected_shapes,
@@ -20,10 +23,11 @@ from neounify.checkpoint import (
     to_published,
     write_config,
 )
-from neounify.config import CheckpointDefaults, ModelConfig, VideoConfig
+from neounify.config import CheckpointDefaults, ModelConfig, VideoConfig, VideoDefaults
 from neounify.config.families import FAMILIES, PIXELUMM
 from neounify.config.presets import TINY, U1_A3B
 from neounify.errors import CheckpointError, ConfigError
+from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 from support.golden import checkpoint, needs_golden
@@ -112,8 +116,13 @@ def test_files_that_lie_together(tmp_path: Path) -> None:
 
 def test_a_folder_without_its_config(tmp_path: Path) -> None:
     folder, _ = _published(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"PixelUMM checkpoint without config.json: name the"):
-        load_model(folder)
+    for load in (load_model, neounify.load):
+        with pytest.raises(CheckpointError, match=r"PixelUMM checkpoint without config.json: name"):
+            load(folder)
+    (folder / "__SAVE_COMPLETE").unlink()
+    for load in (load_model, neounify.load):
+        with pytest.raises(CheckpointError, match=r"config.json is missing; a checkpoint folder n"):
+            load(folder)
 
 
 def test_weights_of_one_family_with_the_config_of_the_other(tmp_path: Path) -> None:
@@ -162,6 +171,7 @@ def test_missing_and_foreign_tensors_are_listed(tmp_path: Path) -> None:
                 ("flow", "t_eps_sampling", float("inf"), "t_eps_sampling must be a finite number"),
                 ("sampling", "video", {"fps": float("inf")}, "fps must be a finite number"),
                 ("sampling", "video", {"solver": "rk4"}, "video.solver 'rk4' is unknown"),
+                ("sampling", "video", {"dpm_steps": -1}, "video.dpm_steps must be from 1 to 1000"),
             )
         ),
     ],
@@ -169,6 +179,31 @@ def test_missing_and_foreign_tensors_are_listed(tmp_path: Path) -> None:
 def test_configs_that_are_wrong(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(write_config(CONFIG) | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 35),
+        ({"solver": "unipc"}, 35),
+        ({"solver": "dpm2m"}, 50),
+        ({"solver": "dpm2m", "steps": 7}, 7),
+        ({"solver": "dpm2m", "fast": "half"}, 25),
+    ],
+)
+def test_steps_of_a_video_are_those_of_its_solver(options: dict[str, Any], steps: int) -> None:
+    config = read_config(json.loads(json.dumps(write_config(CONFIG))))
+    assert ImageSampling(**options).resolve(config, editing=False, video=True).steps == steps
+
+
+def test_steps_by_a_solver_survive_writing_and_reading() -> None:
+    video = VideoDefaults(steps=20, dpm_steps=30)
+    config = CONFIG.replace(sampling=dataclasses.replace(CONFIG.sampling, video=video))
+    written = json.loads(json.dumps(write_config(config)))
+    assert read_config(written) == config
+    del written["neounify"]["sampling"]["video"]["dpm_steps"]  # as earlier versions wrote it
+    assert read_config(written).sampling.video == VideoDefaults(steps=20, dpm_steps=50)
+    assert CheckpointDefaults(video=VideoDefaults(steps=20)).of_video("dpm2m").steps == 20
 
 
 def test_layers_of_experts_are_counted_before_they_are_listed() -> None:
@@ -187,12 +222,37 @@ def test_a_part_that_a_family_has_no_names_for(tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_a_distributed_checkpoint_is_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / ".metadata").write_bytes(b"\x80\x04")
-    (tmp_path / "config.json").write_text(json.dumps(write_config(CONFIG)))
-    with pytest.raises(CheckpointError, match=r"convert .* OUT --from-dcp --config FOLDER"):
-        load_model(tmp_path)
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("inner", ["model", "."])
+@pytest.mark.parametrize("config", [None, "beside", "inside"])
+def test_a_distributed_checkpoint_is_not_opened(
+    tmp_path: Path, finished: bool, inner: str, config: str | None
+) -> None:
+    """Its error says how to convert it, also as it is published, without config.json."""
+    folder, llm = tmp_path / "dcp", tmp_path / "llm"
+    (folder / inner).mkdir(parents=True)
+    (folder / inner / ".metadata").write_bytes(b"\x80\x04")
+    if finished:
+        (folder / "__SAVE_COMPLETE").touch()
+    llm.mkdir()
+    if config is not None:
+        home = llm if config == "beside" else folder
+        (home / "config.json").write_text(json.dumps(write_config(CONFIG)))
+    for load in (load_model, neounify.load):
+        with pytest.raises(CheckpointError) as refused:
+            load(folder, config=llm if config == "beside" else None)
+        assert (
+            f"{folder} is a torch distributed checkpoint; convert it once, if you trust where it "
+            f"came from: neounify convert {folder} OUT --from-dcp --config FOLDER, where FOLDER "
+            "holds config.json and the tokenizer of its language model (Qwen3-8B for PixelUMM)"
+        ) == str(refused.value)
+
+
+def test_tensors_beside_a_distributed_checkpoint_are_read(tmp_path: Path) -> None:
+    folder, llm = _published(tmp_path / "model")
+    (folder / "model").mkdir()
+    (folder / "model" / ".metadata").touch()
+    assert load_model(folder, config=llm).config == CONFIG
 
 
 @needs_golden

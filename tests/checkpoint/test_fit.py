@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import neounify
+from neounify.attention import copied_tokens
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint
+from neounify.checkpoint.fit import fit_engines, fit_memory
+from neounify.checkpoint.fit import peaks as fit_peaks
 from neounify.checkpoint.layers import LayerResidency
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import StoredWeight
 from neounify.checkpoint.sizes import kept_weights
+from neounify.config import VideoConfig, VideoDefaults
 from neounify.errors import MemoryPlanError, OutOfMemory, RequestError
+from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
-from neounify.runtime.memory_plan import default_task, peak_bytes, working_bytes
+from neounify.runtime.devices import Abilities
+from neounify.runtime.memory_plan import Mode, Task, default_task, peak_bytes, working_bytes
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
+from support.device_abilities import pretending
 
 WIDE = SMALL.replace(hidden_size=256, num_layers=8, vocab_size=512)
 WIDE = WIDE.replace(sampling=neounify.config.CheckpointDefaults(image_size=(128, 128)))
@@ -42,9 +52,10 @@ def peaks(wide: Path) -> dict[str, float]:
     }
 
 
-def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+def free(monkeypatch: pytest.MonkeyPatch, size: float | None) -> None:
+    available = None if size is None else int(size)
     for module in ("plan", "rates"):
-        monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: int(size))
+        monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: available)
 
 
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +86,37 @@ def test_auto_takes_the_first_mode_that_fits(
     assert residency.resident["gen"] < WIDE.num_layers
 
 
+def test_auto_has_room_for_the_default_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of videos, whose images alone would fit in every case with all weights there."""
+    config = WIDE.replace(
+        video=VideoConfig(tube_frames=4),
+        capabilities=(*WIDE.capabilities, "generate_video"),
+        sampling=replace(WIDE.sampling, video=VideoDefaults(size=(128, 128))),
+    )
+    folder = write_checkpoint(tmp_path / "moving", config, random_weights(config))
+    checkpoint, cpu = CheckpointFolder.open(folder), torch.device("cpu")
+    kept = kept_weights(checkpoint, torch.float32)
+    none = {"und": 0, "gen": 0}
+
+    def peak(task: Task, mode: Mode) -> float:
+        working = working_bytes(config, task, 4)
+        return peak_bytes(kept.weights, mode, working, none, unified=True)
+
+    modes: tuple[Mode, ...] = ("all", "stream", "layers")
+    image, clip = default_task(WIDE), default_task(config)
+    for mode in modes:
+        assert peak(clip, mode) > peak(image, "all")
+        free(monkeypatch, peak(clip, mode) + 1)
+        assert fit_memory(checkpoint, kept, cpu, "auto").memory == mode
+    free(monkeypatch, peak(image, "all") + 1)
+    for fit in (fit_memory, fit_engines):
+        with pytest.raises(MemoryPlanError, match="nothing fits"):
+            fit(checkpoint, kept, cpu, "auto")
+    assert "a video of 96 frames of 128×128 peaks at" in fit_peaks(NeoUnify(config), None)
+
+
 def test_what_does_not_fit_is_refused_with_what_would(
     wide: Path, peaks: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +135,108 @@ def test_nothing_fits(wide: Path, peaks: dict[str, float], monkeypatch: pytest.M
     pipe = load(wide, dtype="float32", plan="ignore")
     assert isinstance(pipe.residency, LayerResidency)
     assert pipe.residency.resident == {"und": 0, "gen": 0}
+
+
+def test_systems_that_tell_no_memory(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, None)
+    for memory in ("stream", "layers"):
+        with pytest.raises(RequestError, match=r"plan='ignore' \(--plan ignore\) loads without"):
+            load(wide, dtype="float32", memory=memory)
+    pipe = load(wide, dtype="float32", memory="layers", plan="ignore")
+    assert isinstance(pipe.residency, LayerResidency)
+    assert pipe.residency.resident == {"und": 0, "gen": 0}
+    layers = load(wide, dtype="float32", memory="layers", plan="ignore", resident_layers=3)
+    assert layers.residency.resident == {"und": 3, "gen": 3}  # type: ignore[attr-defined]
+
+
+# --- what a refusal names ---
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are those of the model alone: the process would be most of one so small."""
+    monkeypatch.setattr("neounify.runtime.memory_plan.PROCESS", 0)
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(bare: None, wide: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The refusal by `fit_memory` or `fit_engines` of a mode on a device, in so much memory."""
+    checkpoint = CheckpointFolder.open(wide)
+    kept = kept_weights(checkpoint, torch.float32)
+
+    def refusal(fit: Any, kind: str, size: float, memory: str, *count: int, **options: Any) -> str:
+        free(monkeypatch, size)
+        with pretending(Abilities(type=kind)), pytest.raises(MemoryPlanError) as caught:
+            fit(checkpoint, kept, torch.device(kind), memory, *count, **options)
+        return str(caught.value)
+
+    return refusal
+
+
+def test_devices_without_layers_are_not_told_to_take_them(
+    refused: Refused, peaks: dict[str, float]
+) -> None:
+    size = peaks["layers"] + 1
+    assert size < peaks["stream"]
+    assert "memory='layers' would fit" in refused(fit_memory, "cpu", size, "all")
+    for memory in ("all", "stream"):
+        message = refused(fit_memory, "mps", size, memory)
+        assert "; nothing fits: int8 weights with memory='stream' peak" in message
+    assert "layers" not in message
+    message = refused(fit_memory, "mps", peaks["stream"] + 1, "all")
+    assert "memory='stream' would fit" in message
+
+
+def test_servers_are_told_to_take_what_servers_take(
+    refused: Refused, peaks: dict[str, float]
+) -> None:
+    # By layers each stream of one process may take half: too little, even in int8.
+    size = 6e6
+    assert peaks["layers"] < size < peaks["stream"] < peaks["all"]
+    for memory in ("all", "layers", "auto"):
+        message = refused(fit_engines, "cpu", size, memory)
+        assert "nothing fits: int8 weights with memory='layers' peak" in message
+        assert ("0.0 GB are free for each stream" in message) is (memory != "all")
+    size = (peaks["stream"] + peaks["layers"]) / 2
+    message = refused(fit_engines, "cpu", size, "all", role="gen")
+    assert re.search("wide with memory='all' peaks.*; memory='layers' would fit", message)
+    message = refused(fit_engines, "mps", 5e6, "all", role="gen")
+    assert "nothing fits: int8 weights with memory='all' peak" in message
+    with pytest.raises(RequestError, match="not on mps; take memory='all'"):
+        refused(fit_engines, "mps", 1e9, "layers")
+
+
+def test_a_number_of_layers_is_named_with_the_one_that_fits(
+    refused: Refused, peaks: dict[str, float]
+) -> None:
+    size = (peaks["stream"] + peaks["layers"]) / 2
+    message = refused(fit_memory, "cpu", size, "layers", WIDE.num_layers)
+    assert "memory='layers', resident_layers=8 peaks" in message
+    assert "memory='layers', resident_layers=0 would fit" in message
+
+
+def test_copies_of_the_attention_backend_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = neounify.config.CheckpointDefaults(image_size=(1024, 1024))
+    config = WIDE.replace(sampling=sampling)
+    folder = write_checkpoint(tmp_path / "model", config, random_weights(config))
+    byte_tokenizer().save(folder)
+    weights = kept_weights(CheckpointFolder.open(folder), torch.float32).weights
+    task = default_task(config)
+    copying = replace(task, copied_tokens=copied_tokens("varlen"))
+    sizes = [
+        peak_bytes(weights, "all", working_bytes(config, t, 4), unified=True)
+        for t in (task, copying)
+    ]
+    free(monkeypatch, sizes[0] + 1)
+    assert sizes[0] + 1 < sizes[1]
+    load(folder, dtype="float32", memory="all")
+    with pytest.raises(MemoryPlanError, match="memory='all' peaks"):
+        load(folder, dtype="float32", memory="all", attention="varlen")
 
 
 def test_names_are_checked(wide: Path) -> None:
@@ -116,6 +260,48 @@ def test_an_error_of_memory_tells_the_plan(wide: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(OutOfMemory, match=message):
         pipe.generate("a boat", width=64, height=64, steps=2)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("options", [{}, {"quantise": "int8"}], ids=["plain", "int8"])
+def test_the_plan_of_an_error_is_that_of_the_weights_in_use(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("neounify.checkpoint.fit.GB", 1e6)
+    pipe: Pipeline = load(wide, dtype="float32", memory="stream", **options)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipe.model, "embed_noisy", fail)
+    weights = kept_weights(CheckpointFolder.open(wide), torch.float32, **options).weights
+    working = working_bytes(WIDE, default_task(WIDE), 4)
+    expected = peak_bytes(weights, "stream", working, unified=True)
+    with pytest.raises(OutOfMemory, match=rf"128×128 peaks at {expected / 1e6:.1f} GB by the plan"):
+        pipe.generate("a boat", width=128, height=128, steps=2)
+
+
+@pytest.mark.usefixtures("bare")
+def test_resident_layers_count_in_the_plan_of_an_error_while_loading(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neounify.checkpoint.fit.GB", 1e6)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("neounify.checkpoint.load._first_values", fail)
+    with pytest.raises(MemoryPlanError) as caught:
+        load(wide, dtype="float32", memory="layers", plan="ignore", resident_layers=5)
+    weights = kept_weights(CheckpointFolder.open(wide), torch.float32).weights
+    working = working_bytes(WIDE, default_task(WIDE), 4)
+    five, none = (
+        peak_bytes(weights, "layers", working, {"und": n, "gen": n}, unified=True) / 1e6
+        for n in (5, 0)
+    )
+    message = str(caught.value)
+    assert f"by the plan memory='layers' peaks at {five:.1f} GB" in message
+    assert f"; memory='layers', resident_layers=0 peaks at {none:.1f} GB" in message
 
 
 ERRORS = [
@@ -146,7 +332,9 @@ def test_an_error_of_memory_while_loading_is_one_with_advice(
     assert "\n" not in message
     smaller = [mode for mode in ("stream", "layers") if f"; memory={mode!r} peaks" in message]
     assert smaller == (["stream"] if memory == "all" else [])
-    assert "int8 weights and memory='layers' peaks at" in message
+    # As many layers were to stay as fit: all.
+    fewer = ", resident_layers=0" if memory == "layers" else ""
+    assert f"int8 weights and memory='layers'{fewer} peaks at" in message
     assert caught.value.__cause__ is error
     assert error.__traceback__ is None
 

@@ -1,4 +1,4 @@
-"""A checkpoint of over 2 GB generates an image in a process that may have a third of that."""
+"""A checkpoint of over 2 GB generates an image in a process that takes a third of that at most."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.fixture
-def limited() -> Iterator[Path]:
-    """A control group that may have LIMIT bytes."""
+def limited() -> Iterator[Path | None]:
+    """A control group that may have LIMIT bytes; None where none can be made."""
     old = (V1 / "memory.limit_in_bytes").exists()
     group = (V1 if old else V2) / f"neounify-test-{os.getpid()}"
     try:
         group.mkdir()
         (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(LIMIT))
-    except OSError as error:
-        pytest.skip(f"no control group of memory can be made here: {error}")
+    except OSError:
+        if group.is_dir():
+            group.rmdir()
+        yield None
+        return
     yield group
     group.rmdir()
 
@@ -59,7 +62,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_layers_fit_where_the_weights_do_not(large: Path, limited: Path) -> None:
+def test_layers_fit_where_the_weights_do_not(large: Path, limited: Path | None) -> None:
+    """Without a control group the process may have more, and takes no more."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc/self/status")
+
     def run(memory: str, group: Path | None) -> tuple[float, int]:
         command = [sys.executable, "-c", CHILD, str(group or ""), str(large), memory]
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)

@@ -88,6 +88,13 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("parity", *BUNDLED[1:], *BUNDLED[1:], "--device", "toaster", "-o", "full"), "toaster"),
     (("parity", *BUNDLED[1:], *BUNDLED[1:], "--backend", "fast", "-o", "full"), "'fast'"),
     (("parity", *BUNDLED[1:], *BUNDLED[1:], "-o", "full"), "full is not empty"),
+    (("quantise", *BUNDLED[1:], "-o", "out", "--dtype", "int3"), "int3"),
+    (("quantise", *BUNDLED[1:], "-o", "out", "--device", "toaster"), "toaster"),
+    (("quantise", *BUNDLED[1:], "-o", "out", "--backend", "fast"), "'fast'"),
+    (
+        ("quantise", *BUNDLED[1:], "-o", "out", "--to", "f16", "--backend", "torch"),
+        "backend 'torch' is one of quantised weights, and f16 makes none",
+    ),
     (("generate", "a", "--backend", "torch"), "backend 'torch' is one of quantised weights, and"),
     (("serve", "--backend", "torch"), "has none: leave it out, or quantise the weights"),
     (("serve", "--device", "toaster"), "toaster"),

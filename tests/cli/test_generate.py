@@ -286,6 +286,7 @@ def test_models_that_do_not_continue_clips_say_so(run: Callable[..., Any], tmp_p
     [
         (("--frames", 6), "multiple of 4, at least 4, got 6"),
         (("--frames", 8, "--fps", 0), "fps must be above 0"),
+        (("--frames", 8, "--negative-prompt", "<video>"), "a <video> mark without a clip"),
         (("--fps", 8), "give --frames too"),
         (("--frames", 8, "--output", "x.png"), "videos are saved as .mp4"),
         (("--output", "x.mp4"), "images are saved as .png, or into a folder; --frames N"),
@@ -298,6 +299,12 @@ def test_videos_that_cannot_be_are_refused_before_loading(
     assert ran.code != 0
     assert message in ran.err
     assert not Path("outputs").exists()
+
+
+def test_marks_of_clips_are_refused_before_loading(run: Callable[..., Any], moving: Path) -> None:
+    ran = run("generate", "a <video>", *SMALL, "--model", moving, "--frames", 8)
+    assert ran.code == 1
+    assert "the text has a <video> mark without a clip" in ran.err
 
 
 def test_models_without_videos_refuse_frames(run: Callable[..., Any], toy: Path) -> None:

@@ -102,6 +102,13 @@ def test_chat_about_two_images(run_bare: Run, published: Path, images: list[Path
     wrong = run_bare("chat", "Is <image 3> like <image 1>?", *pictures, *model)
     assert wrong.code == 1
     assert "the text marks images 3, 1, but there are 2" in wrong.err
+    lines = "Is <image 1>?\nIs <image 2> like <image 1>?\nWhy?\n/save talk.json\n/exit\n"
+    talk = run_bare("chat", *pictures, *model, input=lines)
+    assert "but not all: 1 of 2 have no mark" in talk.err
+    assert talk.out.splitlines()[0] == ran.out.strip("\n")
+    assert len(talk.out.splitlines()) == 2
+    saved = json.loads(Path("talk.json").read_text(encoding="utf-8"))
+    assert saved["messages"][0]["content"] == "Is <image 2> like <image 1>?"
 
 
 @pytest.mark.parametrize(
@@ -128,12 +135,18 @@ def test_a_distributed_checkpoint_is_converted(
     tensors = load_file(published / "model.safetensors")
     dcp.save(tensors, checkpoint_id=source / "model", no_dist=True)
     (source / "__SAVE_COMPLETE").touch()
-    refused = run_bare("inspect", source, "--config", llm)
-    assert refused.code == 1
-    assert f"neounify convert {source} OUT --from-dcp --config FOLDER" in refused.err
+    for options in ((), ("--config", llm)):
+        refused = run_bare("inspect", source, *options)
+        assert refused.code == 1
+        assert f"neounify convert {source} OUT --from-dcp --config FOLDER" in refused.err
+    bare = run_bare("convert", source, "out", "--from-dcp")
+    assert bare.code == 1
+    assert "holds no config.json: name the folder with config.json and the tokenizer" in bare.err
+    assert "Qwen3-8B, as --config" in bare.err
     ran = run_bare("convert", source, "out", "--from-dcp", "--config", llm)
     assert ran.code == 0, ran.err
     assert "is a pickle; it is read without running anything" in ran.err
+    assert "__SAVE_COMPLETE" not in ran.err
     assert (tmp_path / "out" / "__SAVE_COMPLETE").is_file()
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == tensors.keys()
@@ -144,4 +157,9 @@ def test_a_distributed_checkpoint_is_converted(
     )
     assert both.code == 2
     assert "--from-dcp keeps weights as they are" in both.err
+    shutil.rmtree(tmp_path / "out")
+    (source / "__SAVE_COMPLETE").unlink()
+    unfinished = run_bare("convert", source, "out", "--from-dcp", "--config", llm)
+    assert unfinished.code == 0
+    assert "lacks __SAVE_COMPLETE" in unfinished.err
     shutil.rmtree(tmp_path / "out")

@@ -14,7 +14,10 @@ from neounify.checkpoint.names import from_published, stream_of
 from neounify.checkpoint.save import save_model
 from neounify.config.presets import TINY
 from neounify.model import NeoUnify
+from neounify.runtime.devices import Abilities
+from neounify.runtime.rates import Rates
 from neounify.text import byte_tokenizer
+from support.device_abilities import pretending
 
 EIGHT_B = ("plan", "--preset", "8b", "--gpu", "24G", "--ram", "32G")
 
@@ -83,6 +86,45 @@ def test_a_folder_is_planned_from_its_headers(run: Run, toy: Path) -> None:
     assert done.code == 0
     assert "CPU, 4 GB memory" in done.out
     assert any(" all " in line and "✓" in line for line in done.out.splitlines())
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_the_gpu_of_this_machine_is_planned_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rates = Rates(name="the card", products=1e12, copies=1e10, memory=1e11)
+    probed = []
+
+    def probe(device: torch.device, dtype: torch.dtype) -> Rates:
+        probed.append((device.type, dtype))
+        return rates
+
+    monkeypatch.setattr("neounify.cli.models.default_device", lambda: kind)
+    monkeypatch.setattr("neounify.runtime.rates.probe", probe)
+    answers = {"mem_get_info": (4 * 2**30, 2**34), "memory_reserved": 0, "memory_allocated": 0}
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"torch.xpu.{name}", lambda device, answer=answer: answer)
+    with pretending(Abilities(type=kind)):
+        done = run("plan", "--ram", "8G", "--json")
+        assert done.code == 0
+        shown = run("plan", "--ram", "8G").out.splitlines()[0]
+    gibibytes = {"mps": 8, "xpu": 4}[kind]
+    assert shown.endswith(f"       the card {gibibytes} GB free · 8 GB memory")
+    machine, rows = done.json["machine"], done.json["rows"]
+    assert (machine["device"], machine["host"]) == (gibibytes * 2**30, 8 * 2**30)
+    assert machine["unified"] is (kind == "mps")
+    assert {row["mode"] for row in rows} == {"all", "stream"}
+    assert probed == 2 * [(kind, torch.bfloat16)]
+
+
+def test_memory_that_no_system_tells_is_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neounify.runtime.process.available_bytes", lambda: None)
+    done = run("plan", "--gpu", "none")
+    assert done.code == 2
+    assert "does not say how much memory is free: name it with --ram" in done.err
+    assert run("plan", "--gpu", "none", "--ram", "4G").code == 0
 
 
 def test_a_stream_stored_in_float32_is_noted(run: Run, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import neounify
 from neounify.bundled import bundled_model
-from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model
+from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model, to_published
+from neounify.checkpoint.quantise_files import quantise_checkpoint
 from neounify.checkpoint.quantised_layers import quant_modules
-from neounify.quant.formats import FourBits
+from neounify.cli.parity import scene_tasks
+from neounify.config.model import CheckpointDefaults
+from neounify.config.presets import SCENES, U1_8B
+from neounify.quant.formats import FourBits, Fp8Rows
+from neounify.runtime.devices import Abilities
+from support.checkpoint_folders import CONFIGS, random_weights, write_checkpoint
+from support.device_abilities import pretending
 from support.lora_files import lora_tensors
 
 SMALL = ("--images", 2, "--cases", 0)
@@ -141,6 +148,95 @@ def test_inspect_shows_formats_and_backends(run_bare: Callable[..., Any], coded:
     assert {row["dtype"] for row in report["rows"]} >= {"int8_tensorwise, rotated"}
     assert list(report["quantised"]) == ["int8_tensorwise, rotated"]
     assert "backend of int8_tensorwise" in run_bare("inspect", coded).out
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model never ends its answers, so they end early."""
+    monkeypatch.setattr("neounify.scenes.bench.subject.MAX_ANSWER_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_the_report_has_scenebench(run_bare: Callable[..., Any], toy: Path, coded: Path) -> None:
+    ran = run_bare("parity", toy, coded, "-o", "out", "--images", 1, "--cases", 1)
+    assert ran.code == 0, ran.err
+    bench = json.loads(Path("out/report.json").read_text())["bench"]
+    tasks = {name.partition("/")[0] for name in bench}
+    assert tasks == {"paint", "vqa", "all"}
+    for side in ("first", "second"):
+        counts = {name: rates[side]["n"] for name, rates in bench.items()}
+        assert counts.pop("all") == len(counts) == 18
+        assert set(counts.values()) == {1}
+    assert "| SceneBench, % (95 %) | first | second |" in Path("out/report.md").read_text()
+
+
+def test_scenebench_asks_what_a_model_can_answer() -> None:
+    assert scene_tasks(SCENES) == ("paint", "vqa")
+    assert scene_tasks(SCENES.replace(lm_head=False)) == ("paint",)
+    assert scene_tasks(SCENES.replace(capabilities=("generate",))) == ("paint",)
+    assert scene_tasks(SCENES.replace(capabilities=("chat",))) == ("vqa",)
+    large = CheckpointDefaults(image_size=(96, 96))
+    assert scene_tasks(SCENES.replace(patch_size=24, sampling=large)) == ()
+    assert scene_tasks(U1_8B) == ()
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_a_quantised_model_is_evaluated(run_bare: Callable[..., Any], coded: Path) -> None:
+    sizes = ("--cases", 1, "--steps", 1, "--tasks", "paint,vqa,edit")
+    ran = run_bare("eval", "--model", coded, *sizes)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("out/eval/report.json").read_text())
+    assert report["about"]["model"]["fingerprint"] == CheckpointFolder.open(coded).fingerprint()
+    assert "(layers stored as int8_tensorwise, rotated)" in ran.err
+    assert {score["strict"]["n"] for score in report["scores"]} == {1}
+    assert len(report["scores"]) == 19
+
+
+@pytest.fixture
+def on_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """mps as the default device of commands, with its abilities but no memory; no device is it."""
+    for module in ("cli.parity", "cli.models"):
+        monkeypatch.setattr(f"neounify.{module}.default_device", lambda: "mps")
+    monkeypatch.setattr("neounify.checkpoint.resolve_device", torch.device)
+    with pretending(Abilities(type="mps", float64=False), host=True):
+        yield
+
+
+@pytest.mark.usefixtures("on_mps")
+@pytest.mark.parametrize("preset", ["fp8", "w4"])
+def test_codes_that_the_default_device_cannot_hold(
+    run_bare: Callable[..., Any], toy: Path, preset: str
+) -> None:
+    ran = run_bare("quantise", toy, "--to", preset, "-o", "here", *SMALL, "--device", "mps")
+    assert "cannot be held on mps" in ran.err
+    assert not Path("here").exists()
+    ran = run_bare("quantise", toy, "--to", preset, "-o", "out", *SMALL)
+    assert ran.code == 0, ran.err
+    assert "compared on the CPU: mps cannot hold codes of these weights" in ran.err
+    about = json.loads(Path("out/parity/report.json").read_text())["about"]
+    assert about["device"] == "cpu"
+    (shown,) = run_bare("inspect", "out", "--json").json["quantised"].values()
+    assert shown == "none: mps cannot hold it; --backend decoded makes plain weights"
+
+
+@pytest.mark.usefixtures("on_mps")
+def test_inspect_shows_what_a_device_takes(
+    run_bare: Callable[..., Any], coded: Path, tmp_path: Path
+) -> None:
+    shown = run_bare("inspect", coded, "--json").json["quantised"]
+    assert shown == {"int8_tensorwise, rotated": "reference"}
+    config = CONFIGS["sparse"].replace(tie_embeddings=True)
+    weights = random_weights(config)
+    name = to_published("embed_tokens.weight")
+    codes = Fp8Rows().quantise(weights.pop(name))
+    module = name.removesuffix(".weight")
+    weights |= {f"{module}.{part}": tensor for part, tensor in codes.items()}
+    plain = write_checkpoint(tmp_path / "plain", config, weights)
+    quantise_checkpoint(CheckpointFolder.open(plain), tmp_path / "experts", "int8")
+    shown = run_bare("inspect", "experts", "--json").json["quantised"]
+    assert shown["int8_tensorwise, rotated"] == "reference, torch (grouped_mm)"
+    shown = run_bare("inspect", "plain", "--json").json["quantised"]
+    assert shown == {"float8_e4m3fn": "decoded"}
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "w8a8", "decoded"])

@@ -86,6 +86,10 @@ def test_a_model_without_lm_head(run_bare: Callable[..., Any], toy: Path, headle
     assert inspected.code == 0
     assert "no: there is no lm_head" in " ".join(inspected.out.split())
     assert run_bare("generate", "a boat", *model, "--steps", 1).code == 0
+    sizes = ("--images", 1, "--cases", 1, "--json")
+    report = run_bare("parity", headless, headless, "--config", toy, *sizes).json
+    assert report["tokens"] is None
+    assert {name.partition("/")[0] for name in report["bench"]} == {"paint", "all"}
     for command in (("chat", "hello"), ("story", "a tale"), ("generate", "a boat", "--think")):
         ran = run_bare(*command, *model)
         assert ran.code == 1

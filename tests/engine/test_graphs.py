@@ -164,30 +164,31 @@ def test_only_single_tokens_of_one_pool_are_recorded() -> None:
     assert not drawn.serves([ModelInput(new_cache(network, 4), (Text(1),), [1])])
 
 
+def engine_tokens(network: NeoUnify, attention: str, temperature: float) -> list[list[int]]:
+    """Tokens of three prompts that an engine with a paged cache decodes together."""
+    plan = ExecutionPlan(attention=attention, kv_blocks=64, kv_block_size=4)
+    engine = UnderstandingEngine(network, LocalTransport(), plan)
+    assert (engine._graphs is not None) == (attention == "graphs")
+    calls = {}
+    for number in range(3):
+        call, name = new_number(), (new_number(), "cond")
+        sampling = TextSampling(temperature=temperature, seed=number)
+        then = Decode(call, name, sampling, frozenset(), 6 + 2 * number)
+        prompt = (TextInput(tuple(range(1, 4 + number))),)
+        engine.submit(Prefill(call, {name: prompt}, {name: 12}, then))
+        calls[call] = list[int]()
+    while engine.busy:
+        engine.step()
+    for reply in engine.replies:
+        if isinstance(reply.answer, DecodedToken):
+            calls[reply.call].append(reply.answer.id)
+    return list(calls.values())
+
+
 def test_an_engine_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     network = NeoUnify(TINY).requires_grad_(False).eval()
     monkeypatch.setattr(graphs, "recorder_for", lambda device: tape_recorder)
-
-    def tokens(attention: str) -> dict[int, list[int]]:
-        plan = ExecutionPlan(attention=attention, kv_blocks=64, kv_block_size=4)
-        engine = UnderstandingEngine(network, LocalTransport(), plan)
-        assert (engine._graphs is not None) == (attention == "graphs")
-        calls = {}
-        for number in range(3):
-            call, name = new_number(), (new_number(), "cond")
-            sampling = TextSampling(temperature=1.0, seed=number)
-            then = Decode(call, name, sampling, frozenset(), 6 + 2 * number)
-            prompt = (TextInput(tuple(range(1, 4 + number))),)
-            engine.submit(Prefill(call, {name: prompt}, {name: 12}, then))
-            calls[call] = list[int]()
-        while engine.busy:
-            engine.step()
-        for reply in engine.replies:
-            if isinstance(reply.answer, DecodedToken):
-                calls[reply.call].append(reply.answer.id)
-        return dict(enumerate(calls.values()))
-
-    assert tokens("graphs") == tokens("auto")
+    assert engine_tokens(network, "graphs", 1.0) == engine_tokens(network, "auto", 1.0)
 
 
 # --- denoising ---

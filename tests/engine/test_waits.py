@@ -27,7 +27,13 @@ from neounify.engine.understanding import UnderstandingEngine
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify, Text
 from neounify.model.layout import Grid, to_device
+from neounify.quant import backends
+from neounify.quant.linear import QuantLinear
+from neounify.quant.rotation import hadamard
+from neounify.runtime.devices import Abilities
 from neounify.runtime.plan import ExecutionPlan
+from support.codes import with_codes
+from support.device_abilities import pretending
 from support.other_device import watching
 
 META = torch.device("meta")
@@ -35,6 +41,33 @@ META = torch.device("meta")
 
 def meta_model() -> NeoUnify:
     return NeoUnify(TINY).requires_grad_(False).eval().to("meta", torch.bfloat16)
+
+
+CODES = {
+    # Preset, backend, operator of its layers: those with few rows of x are decoded.
+    "int8": ("int8-all", "auto", "_int_mm"),
+    "int8 reference": ("int8", "reference", "reference"),
+    "w8a8": ("int8", "w8a8", "_int_mm"),
+    "fp8": ("fp8", "auto", "scaled_mm"),
+    "w4": ("w4", "auto", "_int_mm"),
+    "w4 w8a8": ("w4", "w8a8", "_int_mm"),
+}
+
+
+@pytest.fixture(params=CODES)
+def coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NeoUnify:
+    """A model of codes as it would be on a GPU, none of whose tensors is there yet."""
+    preset, backend, operator = CODES[request.param]
+    monkeypatch.setattr(backends, "has_kitchen", lambda: False)
+    with pretending(Abilities(type="cuda", capability=(9, 0))):
+        model = with_codes(meta_model(), preset, torch.device("cuda"), backend)
+    assert {layer.backend.operator for layer in quant_linears(model)} == {operator}
+    hadamard.cache_clear()
+    return model
+
+
+def quant_linears(model: NeoUnify) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 # --- denoising ---
@@ -80,6 +113,10 @@ def waits_of_steps(values: dict[str, Any], model: NeoUnify | None = None) -> lis
 def test_no_wait_in_a_denoising_step(values: dict[str, Any]) -> None:
     """Neither in the first one, which uploads what all steps need."""
     assert waits_of_steps(values) == [[], [], [], [], []]
+
+
+def test_layers_of_codes_wait_nowhere(coded: NeoUnify) -> None:
+    assert waits_of_steps({}, coded) == [[], [], [], [], []]
 
 
 def test_grouped_experts_wait_nowhere() -> None:
@@ -136,7 +173,19 @@ def test_one_wait_in_a_decoding_step(
 ) -> None:
     # As on cuda: devices without float64 draw on the host.
     monkeypatch.setattr(sampler, "FLOAT64_DEVICES", ("cpu", "meta"))
-    model = meta_model()
+    check_decoding(meta_model(), caches, name)
+
+
+@pytest.mark.parametrize("caches", [contiguous, paged])
+def test_one_wait_in_a_decoding_step_of_codes(
+    caches: Callable[[NeoUnify], KVCacheManager], coded: NeoUnify
+) -> None:
+    check_decoding(coded, caches, "greedy")
+
+
+def check_decoding(
+    model: NeoUnify, caches: Callable[[NeoUnify], KVCacheManager], name: str
+) -> None:
     with watching() as device:
         engine = UnderstandingEngine(model, LocalTransport(), ExecutionPlan(), caches(model))
         for number, sampling in enumerate(SAMPLINGS[name]):
@@ -172,4 +221,5 @@ def test_waits_are_seen() -> None:
         torch.from_numpy(values).to(META)
         torch.tensor([1, 2], device=META)
         x[[0, 1]]
-    assert len(device.waits) == 10
+        x[range(2)] = 1
+    assert len(device.waits) == 11

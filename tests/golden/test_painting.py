@@ -16,14 +16,12 @@ from neounify.flow.sampling import ImageSampling
 from neounify.image.pixels import patchify
 from neounify.tasks.image import ImageRequest, branch_prompt
 from support.golden import checkpoint, load_fixture, needs_golden
-from support.golden_steps import TRAJECTORY, Steps
+from support.golden_steps import DPM, TRAJECTORY, Steps
 from support.models import assert_close, one_thread
 
 __all__ = ["one_thread"]  # a fixture
 
 FAMILY = "pixelumm"
-DPM = 5e-4
-"""Of whole trajectories without `published_solver`, whose rounding the recording has."""
 CASES = ("none", "cfg1", "global", "channel", "clamp", "interval", "shift1", "steps3")
 pytestmark = [needs_golden, pytest.mark.parametrize("name", ["tiny-f18", "tiny-f22"])]
 

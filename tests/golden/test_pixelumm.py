@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import PIL.Image
 import pytest
 import torch
@@ -15,13 +17,15 @@ from neounify.flow.path import velocity
 from neounify.flow.sampling import ImageSampling
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Text
-from neounify.model.layout import Document
+from neounify.model.layout import Document, Grid
 from neounify.model.parts import GEN, UND
 from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
 from neounify.tasks.image import ImageRequest, branch_prompt
+from neounify.tasks.video import clip_grid
 from neounify.text.template import ImageSegment
 from support.attention import plan
 from support.golden import checkpoint, load_fixture, needs_golden
+from support.golden_steps import visibility
 from support.models import assert_close
 from support.scripted_sampler import script_sampler
 
@@ -62,33 +66,50 @@ def test_pixels_to_tokens_and_back(name: str, models: dict[str, NeoUnify]) -> No
     assert_close(model.video_head(recorded["head_hidden"]), recorded["head_video"], TOLERANCE)
 
 
+@pytest.mark.parametrize("group", ["t2i", "t2v"])
 @pytest.mark.parametrize("prefix", ["cond", "uncond"])
-def test_keys_and_values_of_a_prompt(name: str, prefix: str, models: dict[str, NeoUnify]) -> None:
-    model, (recorded, _) = models[name], load_fixture(name, "t2i", FAMILY)
+def test_keys_and_values_of_a_prompt(
+    name: str, prefix: str, group: str, models: dict[str, NeoUnify]
+) -> None:
+    model, (recorded, facts) = models[name], load_fixture(name, group, FAMILY)
     cache = _prefilled(model, recorded[f"{prefix}.ids"].tolist())
     for layer in (0, model.config.num_layers - 1):
         k, v = cache.read(layer, cache.length)
         assert_close(k, recorded[f"{prefix}.layer{layer}.k"][0], TOLERANCE)
         assert_close(v, recorded[f"{prefix}.layer{layer}.v"][0], TOLERANCE)
-    layout = Layout([cache.document(Noise(3, 4))])
+    layout = Layout([cache.document(Noise.of(_grid(model, facts)))])
     assert torch.equal(layout[GEN].positions.T.float(), recorded[f"{prefix}.noise_positions"])
 
 
-def test_velocity(name: str, models: dict[str, NeoUnify]) -> None:
-    """The clean image behind a prompt, whatever the time, and its velocity at four times."""
+def _grid(model: NeoUnify, facts: dict[str, Any]) -> Grid:
+    """The tokens of a recorded image, or of a clip at 24 frames a second."""
+    if "height_width" in facts:
+        return Grid.of_pixels(*facts["height_width"], model.config.token_size)
+    frames, height, width = facts["frames_height_width"]
+    return clip_grid(model.config, width, height, frames, 24.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "times"),
+    [("image", "t2i", (0.9997, 0.7, 0.05, 0.02)), ("video", "t2v", ())],
+)
+def test_velocity(
+    name: str, kind: str, group: str, times: tuple[float, ...], models: dict[str, NeoUnify]
+) -> None:
+    """What is predicted behind a prompt, whatever the time; of an image its velocity, too."""
     model, (recorded, _) = models[name], load_fixture(name, "velocity", FAMILY)
-    prompt, _ = load_fixture(name, "t2i", FAMILY)
+    prompt, facts = load_fixture(name, group, FAMILY)
     cache = _prefilled(model, prompt["cond.ids"].tolist())
-    layout, z = Layout([cache.document(Noise(3, 4))]), recorded["image.z"]
+    layout, z = Layout([cache.document(Noise.of(_grid(model, facts)))]), recorded[f"{kind}.z"]
     embedded = model.embed_noisy(layout, z, torch.tensor([0.3]), torch.ones(1))
-    assert_close(embedded, recorded["image.embeds"], TOLERANCE)
+    assert_close(embedded, recorded[f"{kind}.embeds"], TOLERANCE)
     hidden = model.backbone(layout, {GEN: embedded}, plan(layout, [cache]))[GEN]
-    assert_close(hidden, recorded["image.hidden"], TOLERANCE)
+    assert_close(hidden, recorded[f"{kind}.hidden"], TOLERANCE)
     clean = model.clean_prediction(hidden, layout[GEN].grids)
-    assert_close(clean, recorded["image.x"], TOLERANCE)
-    for family_t in (0.9997, 0.7, 0.05, 0.02):
+    assert_close(clean, recorded[f"{kind}.x"], TOLERANCE)
+    for family_t in times:
         v = velocity(clean, z, 1 - family_t, model.config.flow.t_eps_training)
-        assert_close(-v, recorded[f"image.v_{family_t}"], TOLERANCE)
+        assert_close(-v, recorded[f"{kind}.v_{family_t}"], TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["one", "two", "numbered"])
@@ -114,7 +135,7 @@ def test_answers_about_images(
     ids = torch.tensor(prompt.ids([0] * len(grids), -1))
     hidden = pipe.model.embed_und(layout, ids, images)
     if f"{case}.mask" in recorded:
-        assert torch.equal(_mask(layout), recorded[f"{case}.mask"])
+        assert torch.equal(visibility(layout), recorded[f"{case}.mask"])
     if f"{case}.inputs_embeds" in recorded:
         assert_close(hidden, recorded[f"{case}.inputs_embeds"], TOLERANCE)
     hidden = pipe.model.backbone(layout, {UND: hidden}, plan(layout))[UND]
@@ -141,25 +162,22 @@ def test_answers_about_images(
     assert_close(torch.stack(shown), recorded[f"{case}.answer_logits"], TOLERANCE)
 
 
+@pytest.mark.parametrize("group", ["t2i", "t2v"])
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
-def test_prompts_of_images(name: str, branch: str, pipes: dict[str, neounify.Pipeline]) -> None:
-    pipe, (recorded, facts) = pipes[name], load_fixture(name, "t2i", FAMILY)
+def test_prompts_of_images_and_clips(
+    name: str, branch: str, group: str, pipes: dict[str, neounify.Pipeline]
+) -> None:
+    pipe, (recorded, facts) = pipes[name], load_fixture(name, group, FAMILY)
+    frames, height, width = facts.get("frames_height_width") or (0, *facts["height_width"])
     request = ImageRequest(
         prompt=facts["prompt"],
-        width=64,
-        height=48,
-        sampling=ImageSampling().resolve(pipe.config, editing=False),
+        width=width,
+        height=height,
+        frames=frames,
+        sampling=ImageSampling().resolve(pipe.config, editing=False, video=bool(frames)),
     )
     prompt = branch_prompt(pipe.processor, request, branch)  # type: ignore[arg-type]
     assert prompt.ids([], -1) == recorded[f"{branch}.ids"].tolist()
-
-
-def _mask(layout: Layout) -> Tensor:
-    mask = torch.zeros(layout[UND].length, layout[UND].length, dtype=torch.uint8)
-    for block in layout[UND].blocks:
-        for row in range(block.start, block.stop):
-            mask[row, : row + 1 if block.causal else block.visible] = 1
-    return mask
 
 
 def _prefilled(model: NeoUnify, ids: list[int]) -> SequenceCache:

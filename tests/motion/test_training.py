@@ -12,7 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from neounify.config.presets import MOTION
+from neounify.checkpoint.load import expected_shapes
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.config import VideoConfig
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.sample import SampleClip, SampleText
 from neounify.errors import RequestError
@@ -23,14 +25,15 @@ from neounify.motion.bench import (
     motion_plan,
 )
 from neounify.motion.world import motion_config
-from neounify.motion.world.samples import MotionDataset
+from neounify.motion.world.samples import SHOWN_FPS, MotionDataset
+from neounify.motion.world.scene import FPS
 from neounify.pipeline import Pipeline, load
 from neounify.tasks.chat import make_chat_request, prompt_of
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.recipe import TokenizerRecipe, read_recipe
-from neounify.train.setup import build_setup
+from neounify.train.recipe import StageRecipe, TokenizerRecipe, read_recipe
+from neounify.train.setup import build_setup, recipe_config
 from neounify.train.supervised import SupervisedConfig
 from support.models import TINY_CHANGES, one_thread
 
@@ -41,30 +44,47 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "motion.toml"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps of the recipe, with a tiny model."""
+    """The folder of a run of two steps of each stage of the recipe, with a tiny model."""
     recipe, folder = read_recipe(RECIPE), tmp_path_factory.mktemp("motion")
-    stage = recipe.stages[0]
-    assert isinstance(stage.method, SupervisedConfig)
-    stage = replace(
-        stage, steps=2, compile=False, method=replace(stage.method, tokens_per_pack=900)
-    )
+    stages = tuple(_shortened(stage) for stage in recipe.stages)
     model = replace(
-        recipe.model, changes=TINY_CHANGES, tokenizer=TokenizerRecipe(vocab_size=300, samples=60)
+        recipe.model,
+        checkpoint=None,
+        preset="scenes",
+        changes={**recipe.model.changes, **TINY_CHANGES},
+        tokenizer=TokenizerRecipe(vocab_size=300, samples=60),
     )
-    recipe = replace(recipe, model=model, stages=(stage,), workers=0)
+    recipe = replace(recipe, model=model, stages=stages, workers=0)
     log = Log(folder, Console(quiet=True), tensorboard=False)
     Trainer(recipe, build_setup(recipe, torch.device("cpu"), folder), folder, log).run()
     return folder
 
 
+def _shortened(stage: StageRecipe) -> StageRecipe:
+    assert isinstance(stage.method, SupervisedConfig)
+    method = replace(stage.method, tokens_per_pack=900)
+    return replace(stage, steps=2, packs_per_step=1, compile=False, method=method)
+
+
 def test_two_steps_of_the_recipe(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "train"][-1]
-    assert last["stage_step"] == 2
-    assert np.isfinite([last["text/loss"], last["image/loss"]]).all()
+    last = {line["stage"]: line for line in lines if line["kind"] == "train"}
+    assert [line["stage_step"] for line in last.values()] == [2, 2, 2]
+    assert np.isfinite([last["frames"]["image/loss"], last["clips"]["image/loss"]]).all()
+    assert np.isfinite(last["understanding"]["text/loss"])
     model = load(trained / "model")
-    assert model.config.video == MOTION.video
-    assert model.config.sampling.video == MOTION.sampling.video
+    assert model.config.video == VideoConfig(tube_frames=1, position_fps=8.0, image_weights=True)
+    defaults = model.config.sampling.video
+    assert (defaults.size, defaults.frames, defaults.fps) == ((64, 64), 8, FPS)
+
+
+def test_the_recipe_needs_no_new_weights_of_pixels() -> None:
+    """Its model is the checkpoint's but for the rows of new words."""
+    recipe = read_recipe(RECIPE)
+    source, config = CheckpointFolder.open(RECIPE.parent / "scenes-base"), recipe_config(recipe)
+    before, after = (expected_shapes(one) for one in (source.config, config))
+    assert before == after
+    assert config.sampling.video.sample_fps == SHOWN_FPS
 
 
 def test_its_model_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +116,7 @@ def test_a_question_of_training_is_the_prompt_of_inference(trained: Path) -> Non
         dropout=GuidanceDropout(text=0.0, all=0.0),
     )
     for number in range(4):
-        data = MotionDataset(number, motion_config("default"), {"video_qa": 1}, shown_fps=None)
+        data = MotionDataset(number, motion_config("default"), {"video_qa": 1}, tubes=False)
         asked: list[object] = []
 
         def note(prompts: list[object], asked: list[object] = asked, **_: object) -> list[object]:

@@ -105,7 +105,7 @@ def test_images_beside_clips_have_marks_without_numbers() -> None:
     form = TEMPLATES["pixelumm"]
     request = make_chat_request("<IMAGE> <video>", [example_image(5)], [frames(1)], form)
     assert request.messages[0].text == "<image> <0.0 seconds><image>"
-    with pytest.raises(PromptError, match="beside videos, images are marked by <image> without"):
+    with pytest.raises(PromptError, match="images are marked by <image> without a number"):
         make_chat_request("<image 1> <video>", [example_image(5)], [frames(1)], form)
 
 
@@ -145,6 +145,24 @@ def test_a_clip_is_read_from_a_path_bytes_and_a_generated_video(
     assert generated.prompt_tokens == answer.prompt_tokens
     more = pipe.chat("what?", video=data, fps=5, **options)
     assert more.prompt_tokens > answer.prompt_tokens
+
+
+def test_sound_is_ignored_with_a_warning(
+    pipe: neounify.Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loud = tmp_path / "loud.mp4"
+    loud.write_bytes(clip_bytes(numbered(8), sound=True))
+    read_frames(clip_bytes(numbered(8)), pipe.config)
+    assert not caplog.records
+    read_frames(loud, pipe.config)
+    assert [record.getMessage() for record in caplog.records] == [f"{loud}: its sound is not heard"]
+
+
+def test_a_short_clip_keeps_its_size_whatever_is_read_at_most() -> None:
+    data = clip_bytes(numbered(20, 480, 640))
+    for most in (96, 2000):
+        shown = read_frames(data, TINY, None, most).images
+        assert [image.size for image in shown] == [(640, 480)] * 2
 
 
 def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify.Pipeline) -> None:

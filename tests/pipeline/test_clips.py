@@ -188,6 +188,19 @@ def test_clips_that_cannot_be_are_refused(
         clips.generate("a star", **(SIZE | changes))
 
 
+@pytest.mark.parametrize("is_clip", [True, False])
+@pytest.mark.parametrize(
+    "texts", [{"prompt": "a <video>"}, {"prompt": "a star", "negative_prompt": "a <video>"}]
+)
+def test_marks_of_clips_are_refused(
+    clips: neounify.Pipeline, texts: dict[str, Any], is_clip: bool
+) -> None:
+    before = Video(torch.zeros(4, 32, 64, 3, dtype=torch.uint8), Fraction(16))
+    size = SIZE | {"condition": before} if is_clip else {"width": 64, "height": 32, "steps": 3}
+    with pytest.raises(NeounifyError, match="the text has a <video> mark without a clip"):
+        clips.generate(**texts, guidance=3.0, **size)
+
+
 def test_a_model_without_tubes_refuses_clips(pipe: neounify.Pipeline) -> None:
     with pytest.raises(RequestError, match="not trained to generate videos"):
         pipe.generate("a star", **SIZE)

@@ -154,10 +154,28 @@ def test_backends(use: Use, name: str, format: str, monkeypatch: pytest.MonkeyPa
     for backend, operators in {**CHOSEN[name], "reference": {}}.items():
         if operators is None:
             with pytest.raises(RequestError, match=f"'{backend}' .* no products on {device.type}"):
-                choose_backend(backend, FORMATS[format], 256, device)
+                choose_backend(backend, FORMATS[format], (256, 256), device)
         else:
-            chosen = choose_backend(backend, FORMATS[format], 256, device)
+            chosen = choose_backend(backend, FORMATS[format], (256, 256), device)
             assert chosen.operator == operators.get(format, "reference")
+
+
+@pytest.mark.parametrize(
+    ("shape", "operators"),
+    [((256, 72), INT8), ((72, 256), INT8), ((256, 100), {}), ((100, 256), {})],
+    ids=str,
+)
+def test_shapes_that_gpus_do_not_multiply(
+    use: Use, shape: tuple[int, int], operators: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "has_kitchen", lambda: False)
+    device = use("hopper")
+    for backend, format in itertools.product(("auto", "torch", "w8a8"), FORMATS):
+        chosen = choose_backend(backend, FORMATS[format], shape, device)
+        assert chosen.operator == operators.get(format, "reference")
+    device = use("cpu")
+    assert choose_backend("w8a8", FORMATS["int8"], shape, device).operator == "_int_mm"
+    assert choose_backend("torch", FORMATS["fp8"], shape, device).operator == "scaled_mm"
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -166,11 +184,11 @@ def test_comfy_kitchen(use: Use, name: str, monkeypatch: pytest.MonkeyPatch) -> 
     device = use(name)
     if device.type == "cuda":
         for backend in ("auto", "comfy-kitchen"):
-            assert choose_backend(backend, Int8Rows(64), 256, device).name == "comfy-kitchen"
-        assert choose_backend("comfy-kitchen", Fp8Rows(), 256, device).name == "reference"
+            assert choose_backend(backend, Int8Rows(64), (256, 256), device).name == "comfy-kitchen"
+        assert choose_backend("comfy-kitchen", Fp8Rows(), (256, 256), device).name == "reference"
     else:
         with pytest.raises(RequestError, match="has no products on"):
-            choose_backend("comfy-kitchen", Int8Rows(64), 256, device)
+            choose_backend("comfy-kitchen", Int8Rows(64), (256, 256), device)
 
 
 @pytest.mark.parametrize(("name", "format"), list(itertools.product(CHOSEN, FORMATS)))

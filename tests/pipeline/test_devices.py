@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,18 +16,29 @@ import torch
 import neounify
 from neounify.checkpoint import resolve_device
 from neounify.cli.models import default_device
+from neounify.config import ModelConfig, VideoConfig
 from neounify.config.presets import TINY
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
 from neounify.quant.blocks import BLOCK_FORMATS
+from neounify.quant.rotation import hadamard
+from neounify.runtime.devices import Abilities
 from neounify.text import byte_tokenizer
+from neounify.video.clip import Video
+from support.codes import with_codes
+from support.device_abilities import pretending
 from support.other_device import OtherDevice, watching
 
 IMAGE = PIL.Image.new("RGB", (64, 64))
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
+LONGER: dict[str, Any] = SMALL | {"steps": 4, "guidance": 2}
 SAMPLED: dict[str, Any] = {"max_new_tokens": 3, "temperature": 1.0}
 TASKS: dict[str, Callable[[neounify.Pipeline], object]] = {
     "generate": lambda pipe: pipe.generate("a boat", **SMALL, guidance=2, solver="ab2"),
+    "dpm2m": lambda pipe: pipe.generate("a boat", **LONGER, solver="dpm2m"),
+    "unipc": lambda pipe: pipe.generate("a boat", **LONGER, solver="unipc"),
+    "cache": lambda pipe: pipe.generate("a boat", **LONGER, step_cache=0.1, step_cache_warm=1),
+    "reuse": lambda pipe: pipe.generate("a boat", **LONGER, guidance_reuse=2, guidance_stop=0.01),
     "think": lambda pipe: pipe.generate("a boat", **SMALL, think=True, max_think_tokens=3),
     "norms": lambda pipe: pipe.generate("a boat", **SMALL, guidance_norm="cfg_zero_star"),
     "edit": lambda pipe: pipe.edit("blue", IMAGE, **SMALL, guidance=3, image_guidance=2),
@@ -36,17 +48,40 @@ TASKS: dict[str, Callable[[neounify.Pipeline], object]] = {
     "nucleus": lambda pipe: pipe.chat("hi", **SAMPLED, top_p=0.9),
     "interleave": lambda pipe: list(pipe.interleave("hi", [IMAGE], **SMALL, max_new_tokens=3)),
 }
+CLIP = Video(torch.zeros(8, 64, 64, 3, dtype=torch.uint8), fps=Fraction(8))
+CLIPS: dict[str, Callable[[neounify.Pipeline], object]] = {
+    "generate": lambda pipe: pipe.generate("a star", **SMALL, frames=8, fps=8, guidance=2),
+    "continue": lambda pipe: pipe.generate("a star", condition=CLIP, **SMALL, frames=4, fps=8),
+    "chat": lambda pipe: pipe.chat("what moves?", video=CLIP, tubes=True, max_new_tokens=3),
+}
+CODES = ("generate", "edit", "chat", "batch")
+"""Tasks of a model of codes."""
 COMPOSITE = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
-def walked(task: str, dtype: torch.dtype, model: NeoUnify | None = None) -> OtherDevice:
+def meta_model(dtype: torch.dtype, config: ModelConfig = TINY) -> NeoUnify:
+    return NeoUnify(config).requires_grad_(False).eval().to("meta", dtype)
+
+
+def walked(
+    task: Callable[[neounify.Pipeline], object], model: NeoUnify, monkeypatch: pytest.MonkeyPatch
+) -> OtherDevice:
     """The device after a task on it."""
-    if model is None:
-        model = NeoUnify(TINY).requires_grad_(False).eval().to("meta", dtype)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     pipe = neounify.Pipeline(model, byte_tokenizer())
     with OtherDevice() as device:
-        TASKS[task](pipe)
+        task(pipe)
     return device
+
+
+def check_mps(device: OtherDevice, dtypes: set[torch.dtype]) -> None:
+    """mps has all operators and dtypes that were used: these, and those of numbers and masks."""
+    assert {"aten.mm.default", "aten.addmm.default", "aten.embedding.default"} & set(
+        device.operators
+    )
+    used = {dtype for some in device.operators.values() for dtype in some}
+    assert used <= {*dtypes, torch.float32, torch.int64, torch.int32, torch.bool}
+    assert [name for name in device.operators if not has_kernel(name, "MPS")] == []
 
 
 @cache
@@ -76,15 +111,25 @@ def has_kernel(operator: str, device: str) -> bool:
 def test_no_task_needs_float64_or_an_operator_that_mps_lacks(
     task: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    device = walked(task, dtype)
-    assert {"aten.mm.default", "aten.addmm.default", "aten.embedding.default"} & set(
-        device.operators
-    )
-    dtypes = {dtype for some in device.operators.values() for dtype in some}
-    assert dtypes <= {dtype, torch.float32, torch.int64, torch.int32, torch.bool}
-    assert [name for name in device.operators if not has_kernel(name, "MPS")] == []
+    check_mps(walked(TASKS[task], meta_model(dtype), monkeypatch), {dtype})
+
+
+@pytest.mark.parametrize("task", CLIPS)
+def test_no_clip_needs_more(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    able = (*TINY.capabilities, "generate_video", "continue_video")
+    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
+    model = meta_model(torch.bfloat16, config)
+    check_mps(walked(CLIPS[task], model, monkeypatch), {torch.bfloat16})
+
+
+@pytest.mark.parametrize("task", CODES)
+def test_no_model_of_codes_needs_more_than_int8(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretending(Abilities(type="mps", float64=False)):
+        model = with_codes(meta_model(torch.bfloat16), "int8-all", torch.device("mps"))
+    hadamard.cache_clear()
+    device = walked(TASKS[task], model, monkeypatch)
+    check_mps(device, {torch.bfloat16, torch.int8})
+    assert any(torch.int8 in dtypes for dtypes in device.operators.values())
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import neounify
 from neounify.config import VideoConfig
 from neounify.errors import PromptError, RequestError
 from neounify.image.pixels import fit_size
 from neounify.lora import LoraConfig, add_lora, save_lora
+from neounify.tasks.chat import read_conversation
+from neounify.text import Message
+from neounify.text.forms import TEMPLATES
+from neounify.video.clip import Video
 from support.golden import golden_path, needs_golden
 from support.pixelumm import SMALL, saved
 
@@ -52,6 +58,43 @@ def test_chat_over_several_images(pipe: neounify.Pipeline) -> None:
     assert plain.prompt_tokens < answer.prompt_tokens
     with pytest.raises(PromptError, match="marks images 2, 1, but there are 1"):
         pipe.chat(QUESTION, images[0])
+
+
+def test_messages_are_read_as_a_text_is(pipe: neounify.Pipeline) -> None:
+    """Numbers count the images of one message, whose places go on from those before it."""
+    form, images = pipe.processor.template, _images()
+    alone = read_conversation(QUESTION, images, form)
+    ask: list[Any] = [{"role": "user", "content": QUESTION}]
+    parts = [{"type": "text", "text": text} for text in ("Is <image 2> like <im", "age 1>?")]
+    asked: list[Any] = [ask, [Message("user", QUESTION)], [{"role": "user", "content": parts}]]
+    for prompt in asked:
+        assert read_conversation(prompt, images, form) == alone
+    assert alone[1] == images[::-1]
+    earlier = [{"role": "user", "content": "<IMAGE>?"}, {"role": "assistant", "content": "so"}]
+    messages, ordered = read_conversation([*earlier, *ask], [images[0], *images], form)
+    assert [message.text for message in messages] == ["<image>?", "so", "Is <image> like <image>?"]
+    assert messages[2].image_numbers == (3, 2)
+    assert ordered == [images[0], images[1], images[0]]
+    answer = pipe.chat(QUESTION, images, max_new_tokens=2, logprobs=0)
+    assert pipe.chat(ask, images, max_new_tokens=2, logprobs=0) == answer
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "message"),
+    [
+        (QUESTION, 1, "marks images 2, 1, but there are 1"),
+        (QUESTION, 3, "marks images by numbers, but not all: 1 of 3 have no mark"),
+        ("<image 1> <image>", 2, "with numbers and without"),
+        ("<IMAGE> <IMAGE>", 1, "2 <image> marks for 1 images"),
+        ([{"type": "image", "image": 0}, {"type": "text", "text": QUESTION}], 2, "without a num"),
+    ],
+)
+def test_marks_of_messages_that_are_wrong(content: Any, images: int, message: str) -> None:
+    shown = [_images()[0]] * images
+    if isinstance(content, list):
+        content = [{**content[0], "image": shown[0]}, *content[1:]]
+    with pytest.raises(PromptError, match=message):
+        read_conversation([{"role": "user", "content": content}], shown, TEMPLATES["pixelumm"])
 
 
 def test_images_are_generated(pipe: neounify.Pipeline) -> None:
@@ -137,8 +180,10 @@ def test_video_questions_need_the_embedding_of_tubes(tmp_path: Path) -> None:
         video=VideoConfig(und=False), capabilities=("chat", "generate", "generate_video")
     )
     pipe = neounify.load(saved(tmp_path / "model", config))
-    with pytest.raises(RequestError, match="not trained to answer questions about videos"):
-        pipe.config.check_can("chat_video")
+    clip = Video(torch.zeros(8, 32, 48, 3, dtype=torch.uint8), Fraction(4))
+    for tubes in (False, True):
+        with pytest.raises(RequestError, match="not trained to answer questions about videos"):
+            pipe.chat("what moves?", video=clip, tubes=tubes)
 
 
 @needs_golden

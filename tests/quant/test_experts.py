@@ -102,7 +102,7 @@ def test_blocks_of_256_channels(name: str) -> None:
     format, experts = BlockRows(BLOCK_FORMATS[name]), Experts(nn.Module() for _ in counts)
     for expert, weight in zip(experts, codes, strict=True):
         for projection in PROJECTIONS:
-            chosen = choose_backend("reference", format, columns, torch.device("cpu"))
+            chosen = choose_backend("reference", format, (width, columns), torch.device("cpu"))
             layer = QuantLinear(format, (width, columns), None, chosen)
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             expert.register_module(projection, layer)

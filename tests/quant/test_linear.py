@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from neounify.errors import RequestError
+from neounify.quant import backends
 from neounify.quant.backends import (
     FEW_ROWS,
     SLICE_ELEMENTS,
+    W8A8_ROWS,
     choose_backend,
     has_kitchen,
     kitchen,
@@ -21,7 +23,10 @@ from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, PublishedFormat
 from neounify.quant.fp8 import quantise_fp8
 from neounify.quant.int8 import quantise_int8
 from neounify.quant.linear import QuantEmbedding, QuantLinear
+from neounify.runtime.devices import Abilities
 from quant.test_formats import random_weight
+from support.device_abilities import pretending
+from support.other_device import watching
 
 CPU = torch.device("cpu")
 FORMATS: list[PublishedFormat] = [Int8Rows(), Int8Rows(64), Fp8Rows(), FourBits(64)]
@@ -39,7 +44,7 @@ def quantised(
     format: PublishedFormat, backend: str = "auto", rows: int = 80, *, bias: bool = False
 ) -> QuantLinear:
     values = nn.Parameter(torch.linspace(-1, 1, rows), requires_grad=False) if bias else None
-    chosen = choose_backend(backend, format, COLUMNS, CPU)
+    chosen = choose_backend(backend, format, (rows, COLUMNS), CPU)
     layer = QuantLinear(format, (rows, COLUMNS), values, chosen)
     fill(layer, random_weight(rows, COLUMNS))
     return layer
@@ -138,7 +143,7 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(
 @pytest.mark.parametrize("columns", [64, 256, 512])
 def test_rotations_of_few_rows_are_the_same_in_a_batch(columns: int) -> None:
     layer = QuantLinear(
-        Int8Rows(64), (32, columns), None, choose_backend("torch", Int8Rows(64), columns, CPU)
+        Int8Rows(64), (32, columns), None, choose_backend("torch", Int8Rows(64), (32, columns), CPU)
     )
     fill(layer, random_weight(32, columns))
     x = torch.randn(FEW_ROWS, columns, generator=torch.Generator().manual_seed(1))
@@ -149,7 +154,7 @@ def test_rotations_of_few_rows_are_the_same_in_a_batch(columns: int) -> None:
 
 def test_what_is_chosen() -> None:
     def chosen(name: str, format: PublishedFormat, columns: int = 64) -> str:
-        return choose_backend(name, format, columns, CPU).operator
+        return choose_backend(name, format, (80, columns), CPU).operator
 
     assert chosen("auto", Int8Rows()) == chosen("torch", Int8Rows()) == "_weight_int8pack_mm"
     assert chosen("auto", Fp8Rows()) == chosen("auto", FourBits()) == "reference"
@@ -161,10 +166,55 @@ def test_what_is_chosen() -> None:
         chosen("fast", Int8Rows())
 
 
+def on_a_gpu(format: PublishedFormat, shape: tuple[int, int], monkeypatch: Any) -> QuantLinear:
+    """A layer without values as it would be there."""
+    monkeypatch.setattr(backends, "has_kitchen", lambda: False)
+    with pretending(Abilities(type="cuda", capability=(9, 0))):
+        chosen = choose_backend("auto", format, shape, torch.device("cuda"))
+    assert str(chosen) == "torch (_int_mm)"
+    return QuantLinear(format, shape, None, chosen)
+
+
+@pytest.mark.parametrize("format", EIGHTS, ids=str)
+def test_few_rows_on_a_gpu_are_not_rounded(
+    format: PublishedFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = on_a_gpu(format, (80, COLUMNS), monkeypatch)
+    for rows in (1, W8A8_ROWS - 1, W8A8_ROWS, 1000):
+        with watching() as device:
+            y = layer(torch.empty(rows, COLUMNS, dtype=torch.bfloat16, device="meta"))
+        assert (y.shape, y.dtype) == ((rows, 80), torch.bfloat16)
+        rounded = "aten._int_mm.default" in device.operators
+        assert rounded == (rows >= W8A8_ROWS)
+        # Without the codes a product of floats is one of weights that were decoded.
+        assert any("mm" in name and "int" not in name for name in device.operators) != (
+            rounded and format.group == 1
+        )
+        assert device.waits == []
+
+
+@pytest.mark.parametrize("columns", [4096, 12_288])
+def test_slices_of_codes_are_such_that_a_gpu_multiplies_them(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = on_a_gpu(FourBits(256), (4096, columns), monkeypatch)
+    heights: list[int] = []
+
+    def int_mm(rows: Tensor, codes: Tensor) -> Tensor:
+        heights.append(codes.shape[1])
+        return torch.empty(rows.shape[0], codes.shape[1], dtype=torch.int32, device="meta")
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    layer(torch.empty(W8A8_ROWS, columns, device="meta"))
+    assert sum(heights) == 4096
+    assert len(heights) > 1
+    assert all(height % 8 == 0 for height in heights)
+
+
 @pytest.mark.skipif(has_kitchen(), reason="comfy-kitchen is installed")
 def test_comfy_kitchen_must_be_installed() -> None:
     with pytest.raises(RequestError, match="comfy-kitchen is not installed"):
-        choose_backend("comfy-kitchen", Int8Rows(), 64, CPU)
+        choose_backend("comfy-kitchen", Int8Rows(), (64, 64), CPU)
 
 
 @pytest.mark.skipif(not has_kitchen(), reason="comfy-kitchen is not installed")

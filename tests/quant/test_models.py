@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from neounify.checkpoint import (
     CheckpointFolder,
@@ -22,6 +24,7 @@ from neounify.checkpoint import (
 from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.errors import CheckpointError, ConfigError, RequestError
 from neounify.lora.layers import LoraConfig, add_lora
+from neounify.model import NeoUnify
 from neounify.model.parts import GEN, UND
 from neounify.pipeline import load
 from neounify.quant.formats import CODEBOOK, FourBits, Fp8Rows, Int8Rows
@@ -29,6 +32,7 @@ from neounify.quant.linear import QuantEmbedding, QuantLinear
 from neounify.quant.presets import QUANT_PRESETS, preset_formats
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
+from support.gguf_files import blocks, gguf_of
 from support.lora_files import lora_tensors
 
 LINEAR = "layers.1.gen.out.mlp.gate_proj"
@@ -268,6 +272,42 @@ def test_a_lora_is_beside_codes_and_in_plain_weights(
     down, up = (tensors[f"{target}.lora_{half}.weight"].double() for half in ("down", "up"))
     update = x.double() @ (1.5 * 2.0 * up @ down).t()
     torch.testing.assert_close(y - plain_y, update, rtol=0, atol=1e-3)
+
+
+def embedded(model: NeoUnify) -> Tensor:
+    """The rows of some tokens."""
+    rows: Tensor = model.get_submodule("embed_tokens")(torch.tensor([5, 0, 95]))
+    return rows
+
+
+@pytest.mark.parametrize("stored", ["int8-all", "gguf", None])
+def test_a_lora_changes_an_embedding_of_codes(
+    tmp_path: Path, plain: Path, stored: str | None
+) -> None:
+    name = to_published("embed_tokens.weight")
+    target = name.removesuffix(".weight")
+    tensors = lora_tensors(SMALL, [target])
+    save_file(tensors, tmp_path / "lora.safetensors")
+    folder = plain
+    if stored == "gguf":
+        weights = random_weights(SMALL)
+        embedding = blocks(weights.pop(name), "Q8_0")[0]
+        file = gguf_of(weights)
+        file.tensors.append((name, embedding))
+        folder = file.write(tmp_path / "model.gguf")
+    elif stored is not None:
+        folder = quantised_folder(tmp_path / "coded", plain, stored)
+    options: dict[str, Any] = {"dtype": "float32", "config": plain}
+    options["quantise"] = None if stored else "int8-all"
+    before = load_checkpoint(folder, **options).model
+    assert isinstance(before.get_submodule("embed_tokens"), QuantEmbedding)
+    after = load_checkpoint(folder, lora=tmp_path / "lora.safetensors", **options).model
+    down, up = (tensors[f"{target}.lora_{half}.weight"] for half in ("down", "up"))
+    update = 2.0 * up[[5, 0, 95]] @ down
+    change = embedded(after) - embedded(before)
+    # What is quantised with its update is rounded with it.
+    tolerance = 1e-5 if stored else 0.02 * float(update.abs().max())
+    torch.testing.assert_close(change, update, rtol=0, atol=tolerance)
 
 
 def test_a_model_with_adapters_beside_codes_cannot_be_saved(tmp_path: Path, plain: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neounify.checkpoint import load_checkpoint, load_model, to_published
+from neounify.checkpoint import load_checkpoint, load_model, save_model, to_published
+from neounify.checkpoint.quantise_files import STORED, quantise_checkpoint
 from neounify.checkpoint.reader import CheckpointFolder, summarise
 from neounify.errors import CheckpointError
-from neounify.quant.formats import FourBits, decode
+from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, PublishedFormat, decode
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 OURS = "layers.1.gen.out.mlp.gate_proj.weight"
@@ -140,6 +141,53 @@ def test_codes_become_the_weights_they_mean(
     assert torch.equal(model.get_parameter(other), weights[to_published(other)])
 
 
+def coded_as(description: dict[str, Any], path: Path) -> Path:
+    """A checkpoint with codes of one weight, whose description says what they mean."""
+    formats: list[PublishedFormat] = [Int8Rows(), Fp8Rows(), FourBits()]
+    (format,) = (format for format in formats if format.name == description["format"])
+    weights = random_weights(SMALL)
+    codes = {f"{MODULE}.{name}": t for name, t in format.quantise(weights[WEIGHT]).items()}
+    return folder(path, weights | codes | description_of(MODULE, description), {})
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"format": "asym_w4a8_int8"},
+        {"format": "asym_w4a8_int8", "convrot": False},
+        {"format": "asym_w4a8_int8", "convrot": True, "convrot_groupsize": 4},
+        {"format": "int8_tensorwise"},
+        {"format": "int8_tensorwise", "convrot": True},
+        {"format": "float8_e4m3fn"},
+    ],
+    ids=str,
+)
+def test_a_description_means_the_same_when_it_is_saved(
+    tmp_path: Path, description: dict[str, Any]
+) -> None:
+    unknown = {"other": 1, "deeper": {"größe": [True, None, 0.5]}}
+    first = coded_as(description | unknown, tmp_path / "first")
+    expected = load_model(first, dtype="float32").get_parameter(OURS)
+    saved = save_model(load_checkpoint(first).model, tmp_path / "saved")
+    copied = quantise_checkpoint(CheckpointFolder.open(first), tmp_path / "copied", STORED)
+    for path in (saved, copied):
+        assert torch.equal(load_model(path, dtype="float32").get_parameter(OURS), expected)
+        stored = load_file(path / "model.safetensors")[f"{MODULE}.comfy_quant"]
+        written = json.loads(bytes(stored.tolist()))
+        assert written.items() >= (description | unknown).items()
+
+
+def test_a_description_too_long_to_be_read_is_not_written(tmp_path: Path) -> None:
+    document = {"layers": {MODULE: {"format": "int8_tensorwise", "other": "x" * 5000}}}
+    weights = random_weights(SMALL)
+    codes, scale, _ = coded(weights[WEIGHT])
+    weights |= {WEIGHT: codes, f"{MODULE}.weight_scale": scale}
+    metadata = {"_quantization_metadata": json.dumps(document)}
+    model = load_checkpoint(folder(tmp_path / "model", weights, metadata)).model
+    with pytest.raises(CheckpointError, match=r"5,0\d\d bytes with the keys other; at most 4,096"):
+        save_model(model, tmp_path / "saved")
+
+
 def test_they_are_computed_in_bfloat16_and_dropped_by_stream(tmp_path: Path) -> None:
     weights = random_weights(SMALL, torch.bfloat16)
     new, meant, _ = int8_rotated(weights[WEIGHT].float())
@@ -200,6 +248,11 @@ def _of_another_format(tensors: Tensors) -> None:
     tensors |= description_of(MODULE, {"format": "float8_e4m3fn"})
 
 
+def _rotated_fp8(tensors: Tensors) -> None:
+    tensors[WEIGHT] = tensors[WEIGHT].to(torch.float8_e4m3fn)
+    tensors |= description_of(MODULE, {"format": "float8_e4m3fn", "convrot": True})
+
+
 def _not_json(tensors: Tensors) -> None:
     tensors[f"{MODULE}.comfy_quant"] = torch.tensor([123, 34], dtype=torch.uint8)
 
@@ -241,6 +294,7 @@ def _scale_of(value: Tensor) -> Callable[[Tensors], None]:
         (_without_scale, "has no scale; expected"),
         (_two_scales, "has two scales"),
         (_unknown, "in the format 'nf3', which is not known; known are int8_tensorwise"),
+        (_rotated_fp8, "is true, but weights in float8_e4m3fn are not rotated, only those in int8"),
         (_of_another_format, "are [48, 32] of torch.int8; expected [out, in] of torch.float8"),
         (_not_json, "not valid JSON"),
         (_long, "must be at most 4096 bytes of JSON"),

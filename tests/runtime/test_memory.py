@@ -51,6 +51,7 @@ def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(runtime, "CONTROL_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(runtime, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(runtime, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(runtime, "VM_STAT", tmp_path / "vm_stat")
     (tmp_path / "groups").mkdir()
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
     return tmp_path
@@ -103,6 +104,34 @@ def test_groups_of_version_1_count_too(system: Path) -> None:
     (system / "membership").write_text("4:memory:/docker/1f\n")
     control_group(system / "groups" / "memory", 1, 2_500_000, 3_000_000)
     assert runtime.available_bytes() == 500_000
+
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               12345.
+Pages active:                            300000.
+Pages inactive:                          290000.
+Pages speculative:                         5000.
+Pages throttled:                              0.
+Pages wired down:                        150000.
+"Translation faults":                 123456789.
+Pages stored in compressor:              400000.
+"""
+
+
+def test_macos_lists_its_pages(system: Path) -> None:
+    (system / "meminfo").unlink()
+    command = system / "vm_stat"
+    for text, expected in (
+        (VM_STAT, 16384 * (12345 + 290_000 + 5000)),
+        (VM_STAT.replace("Pages inactive", "Pages asleep"), None),
+        ("", None),
+    ):
+        command.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+        command.chmod(0o755)
+        assert runtime.available_bytes() == expected
+    command.write_text("#!/bin/sh\nexit 1\n")
+    assert runtime.available_bytes() is None
 
 
 def test_the_limits_of_this_process_are_read() -> None:

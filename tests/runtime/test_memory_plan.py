@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neounify.attention import copied_tokens
 from neounify.attention.backends import MAX_PREFIX
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import stream_of
@@ -160,6 +161,29 @@ def test_small_images_copy_their_prefixes() -> None:
         assert working_bytes(U1_8B, task, 2)["gen"] == expected
 
 
+def test_attention_by_varlen_copies_every_prefix_with_room_for_its_image() -> None:
+    copied = replace(PAINT, copied_tokens=copied_tokens("varlen"))
+    added = working_bytes(U1_8B, copied, 2)["gen"] - working_bytes(U1_8B, PAINT, 2)["gen"]
+    assert added == 2 * (256 + 4096) * U1_8B.kv_bytes(2)
+    assert added == pytest.approx(1.5e9, abs=0.01e9)
+    small = Task(width=512, height=512)
+    assert copied_tokens("auto") == copied_tokens("graphs") == small.copied_tokens
+    none = working_bytes(U1_8B, replace(small, copied_tokens=copied_tokens("blocks")), 2)["gen"]
+    assert working_bytes(U1_8B, small, 2)["gen"] - none == 2 * 512 * U1_8B.kv_bytes(2)
+
+
+def test_the_default_task_is_the_larger_of_image_and_video() -> None:
+    clip = memory_plan.default_task(PIXELUMM_8B)
+    assert (clip.kind, clip.frames, clip.width, clip.height) == ("t2v", 96, 832, 480)
+    assert (clip.tokens(PIXELUMM_8B), clip.steps, clip.branches) == (37_440, 35, 2)
+    video = replace(PIXELUMM_8B.sampling.video, size=(64, 64), frames=4)
+    short = PIXELUMM_8B.replace(sampling=replace(PIXELUMM_8B.sampling, video=video))
+    seeing = PIXELUMM_8B.replace(capabilities=("chat", "generate", "chat_video"))
+    for config in (short, seeing):
+        image = memory_plan.default_task(config)
+        assert (image.kind, image.frames, image.tokens(config)) == ("t2i", 0, 1_560)
+
+
 def test_images_of_an_answer_add_only_their_keys_and_values() -> None:
     def peak(images: int) -> float:
         task = Task(kind="interleave", references=images, reference_tokens=4096)
@@ -183,6 +207,21 @@ def test_images_of_an_answer_add_only_their_keys_and_values() -> None:
 )
 def test_peaks_are_those_of_the_table(name: str, mode: Mode, gigabytes: float) -> None:
     assert round(row(name, mode).peak / 1e9, 1) == gigabytes
+
+
+def test_int8_by_stream_takes_three_tenths_of_the_8b() -> None:
+    weights = weight_bytes(U1_8B, 2)
+    size = sum(weights.stream(s) + weights.rest[s] for s in memory_plan.STREAMS)
+    size += weights.embedding + weights.lm_head
+    assert row("int8", "stream").peak <= 0.3 * size
+
+
+def test_machines_have_rows_of_the_modes_that_they_serve() -> None:
+    whole = replace(RTX_4090, by_layers=False)
+    rows = memory_rows.plan_rows(U1_8B, [form("bf16"), form("int8")], PAINT, whole)
+    assert [row.mode for row in rows] == 2 * ["all", "stream"]
+    small = replace(whole, device=8 * GIB)
+    assert memory_rows.first_fit(memory_rows.plan_rows(U1_8B, [form("bf16")], PAINT, small)) is None
 
 
 def test_locked_and_streamed_bytes_are_those_of_the_table() -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import neounify
+from neounify.checkpoint import CheckpointFolder
+from neounify.checkpoint.gguf_save import save_gguf
+from neounify.checkpoint.load import SPARE_BYTES
+from neounify.checkpoint.quantise_files import quantise_checkpoint
 from neounify.errors import MemoryPlanError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import Mode, ServeConfig, build_service
-from neounify.serve.memory import EngineMemory, cached_tokens
+from neounify.serve.memory import SMALL, EngineMemory, _is_small, cached_tokens
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.image import ImageRequest
 from support.serving import collect, same_image, serve
@@ -58,6 +63,21 @@ def test_engines_take_what_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         loaded(1e10, memory="stream")
     with pytest.raises(RequestError, match="memory 'some' is unknown"):
         EngineMemory(memory="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", ["int8", "q8_0"])
+def test_files_of_all_kinds_have_a_size(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    write = save_gguf if preset == "q8_0" else quantise_checkpoint
+    target = write(CheckpointFolder.open(folder), tmp_path / preset, preset)
+    (file,) = [*target.glob("*.gguf"), *target.glob("*.safetensors")]
+    assert (file.suffix == ".gguf") is (preset == "q8_0")
+    enough = SMALL * file.stat().st_size + SPARE_BYTES
+    for model in (target, file):
+        for free, small in ((enough, False), (enough + 1, True)):
+            monkeypatch.setattr("neounify.serve.memory.free_memory", lambda device, free=free: free)
+            assert _is_small(model, torch.device("cpu")) is small
 
 
 def test_step_caches_count_as_image_tokens(pipe: neounify.Pipeline, folder: Path) -> None:

@@ -25,6 +25,22 @@ def numbers_of(images: Sequence[Image.Image]) -> list[int]:
     return [round(float(np.asarray(image).mean()) / STEP) for image in images]
 
 
+def assert_shows(file: bytes, frames: np.ndarray) -> None:
+    """A file shows `frames`, uint8 [count, height, width, 3] of sides that are multiples of 8.
+
+    Frames of an untrained model are noise, which H.264 smooths: they agree where it is not fine.
+    """
+    with av.open(io.BytesIO(file)) as container:
+        shown = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert shown.shape == frames.shape
+    count, height, width, _ = frames.shape
+    cut = count, height // 8, 8, width // 8, 8, 3
+    blocks, wanted = (x.reshape(cut).mean((2, 4)) for x in (shown, frames))
+    difference = np.abs(blocks - wanted).mean()
+    assert difference < 6
+    assert np.abs(blocks - wanted[::-1]).mean() > 2 * difference
+
+
 def clip_bytes(
     frames: Sequence[np.ndarray],
     *,
@@ -61,6 +77,23 @@ def clip_bytes(
             silence.sample_rate, silence.pts = 8000, 0
             container.mux(audio.encode(silence))
             container.mux(audio.encode())
+    return file.getvalue()
+
+
+def of_streams(count: int) -> bytes:
+    """A Matroska file of so many streams, each of one frame that cannot be decoded."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        streams: list[Any] = [container.add_stream("mjpeg", rate=1) for _ in range(count)]
+        for stream in streams:
+            stream.width = stream.height = 16
+            stream.pix_fmt = "yuvj420p"
+        container.start_encoding()
+        for stream in streams:
+            packet = av.Packet(b"\xff\xd8")
+            packet.pts = packet.dts = 0
+            packet.stream, packet.is_keyframe, packet.time_base = stream, True, Fraction(1)
+            container.mux(packet)
     return file.getvalue()
 
 

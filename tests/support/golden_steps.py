@@ -19,6 +19,8 @@ from support.golden import golden_path
 NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")
 SINGLE_PASS = 2e-5
 TRAJECTORY = 1e-4
+DPM = 5e-4
+"""Of trajectories of dpm2m without `published_solver`, whose rounding the recording has."""
 
 
 def error(ours: Tensor, recorded: Tensor) -> float:
@@ -85,6 +87,22 @@ class PromptPositions:
                     recorder.seen.append(self["und"].positions[start:stop].T)
 
         monkeypatch.setattr(understanding, "Layout", Recording)
+
+
+def visibility(layout: Layout) -> Tensor:
+    """1 where a row sees a column, uint8 [N, N]: rows of `und`, then those of `gen`."""
+    und, gen = layout["und"], layout["gen"]
+    seen = torch.zeros((und.length + gen.length,) * 2, dtype=torch.uint8)
+    for block in und.blocks:
+        first = und.ranges[block.document][0]
+        for row in range(block.start, block.stop):
+            seen[row, first : row + 1 if block.causal else first + block.visible] = 1
+    for block in gen.blocks:
+        first = und.ranges[block.document][0]
+        rows = slice(und.length + block.start, und.length + block.stop)
+        seen[rows, first : first + block.visible] = 1
+        seen[rows, rows] = 1
+    return seen
 
 
 def _positions(job: DenoiseJob, branch: Any) -> Tensor:

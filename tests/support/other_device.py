@@ -97,7 +97,7 @@ def watching() -> Iterator[OtherDevice]:
     both copy and wait, and show in no operator."""
     device = OtherDevice()
     waits = device.waits
-    make, index = torch.tensor, Tensor.__getitem__
+    make, index, put = torch.tensor, Tensor.__getitem__, Tensor.__setitem__
 
     def tensor(*args: Any, **kwargs: Any) -> Tensor:
         result = make(*args, **kwargs)
@@ -105,15 +105,23 @@ def watching() -> Iterator[OtherDevice]:
             waits.append(f"torch.tensor {_caller()}")
         return result
 
-    def getitem(x: Tensor, key: Any) -> Tensor:
+    def look(x: Tensor, key: Any) -> None:
         keys = key if isinstance(key, tuple) else (key,)
-        if _is_there(x) and any(isinstance(k, list) for k in keys):
+        if _is_there(x) and any(isinstance(k, list | range) for k in keys):
             waits.append(f"list as index {_caller()}")
+
+    def getitem(x: Tensor, key: Any) -> Tensor:
+        look(x, key)
         return index(x, key)
+
+    def setitem(x: Tensor, key: Any, values: Any) -> None:
+        look(x, key)
+        put(x, key, values)
 
     with (
         mock.patch.object(torch, "tensor", tensor),
         mock.patch.object(Tensor, "__getitem__", getitem),
+        mock.patch.object(Tensor, "__setitem__", setitem),
         device,
     ):
         yield device

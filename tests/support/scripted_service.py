@@ -19,10 +19,13 @@ from neounify.tasks.program import (
     Finished,
     ImageFinished,
     Preview,
+    Processor,
     PromptPrefilled,
     TaskEvent,
     TextPiece,
 )
+from neounify.text import byte_tokenizer
+from neounify.text.forms import TEMPLATES
 from support.patches import to_gen_pixels
 
 Script = Callable[[ServiceRequest, int], Iterable[TaskEvent | float | Exception]]
@@ -98,6 +101,11 @@ class Scripted:
     def last(self) -> ServiceRequest:
         """The request that came last."""
         return self.requests[-1]
+
+    @property
+    def processor(self) -> Processor:
+        tokens = TEMPLATES[self._config.template].tokens
+        return Processor(self._config, byte_tokenizer(required=tokens), None, torch.float32)
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """Any number."""

@@ -99,7 +99,7 @@ def test_a_prompt_that_is_too_long(tokenizer: Tokenizer) -> None:
     message = "the prompt has 4,097 tokens, this model reads 4,096 at most"
     with pytest.raises(PromptError, match=message):
         image_prompt(tokenizer, "x" * 4097, system="", think=False, template=PIXELUMM)
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(PromptError, match="the negative prompt has 4,097 tokens"):
         unconditional_prompt(tokenizer, "x" * 4097, PIXELUMM)
 
 
@@ -110,7 +110,8 @@ def test_marks() -> None:
         (2, 1),
     )
     assert marked("<IMAGE>, <image>", ["a", "b"]) == ("<image>, <image>", ["a", "b"], ())
-    assert marked("nothing", ["a"]) == ("nothing", ["a"], ())
+    assert marked("nothing", ["a"]) == ("nothing", [], ())
+    assert marked("<image 2>, <image 1>", "abc") == ("<image>, <image>", ["b", "a"], (2, 1))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,7 @@ def test_marks() -> None:
     [
         ("<image> <image 1>", 2, "with numbers and without"),
         ("<image 1> <image 3>", 2, "the text marks images 1, 3, but there are 2"),
+        ("<image 1> <image 3>", 3, "the text marks images 1, 3, but there are 3"),
         ("<image 1> <image 1>", 2, "marks images 1, 1, but there are 2"),
         ("<image 0>", 1, "marks images 0, but there are 1"),
         ("<image 1>", 0, "marks images 1, but there are 0"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -14,12 +15,17 @@ from torch import Tensor
 
 from neounify.bundled import bundled_model
 from neounify.checkpoint.names import stream_of
+from neounify.config.presets import PIXELUMM_8B
+from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.sample import Sample, SampleClip, SampleText, Turn
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
 from neounify.motion.world.samples import MotionData
 from neounify.pipeline import load
 from neounify.scenes.world.samples import SceneData
+from neounify.text import byte_tokenizer
+from neounify.text.forms import TEMPLATES
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import (
@@ -94,6 +100,34 @@ def test_the_objective_of_pixelumm() -> None:
     assert (stage.optimizer.learning_rate, stage.optimizer.betas) == (1e-5, (0.9, 0.95))
     assert stage.optimizer.weight_decay == 0
     assert stage.clip == 1
+
+
+def test_the_data_of_pixelumm() -> None:
+    """Images, clips and questions; a clip of the largest frames with any caption fits in a pack."""
+    (stage,) = read_recipe(FOLDER / "pixelumm.toml").stages
+    images, clips, questions = stage.data
+    for source in (images, clips, questions):
+        assert isinstance(source, ShardData)
+    assert isinstance(clips, ShardData)
+    assert (images.weight, clips.weight, questions.weight) == (0.4, 0.2, 0.4)
+    assert clips.clips.target_frames == PIXELUMM_8B.sampling.video.frames == 96
+    assert clips.clips.target_fps is None
+    assert PIXELUMM_8B.sampling.video.fps == 24
+    method = supervised(stage)
+    encoder = Encoder(
+        config=PIXELUMM_8B,
+        tokenizer=byte_tokenizer(required=TEMPLATES[PIXELUMM_8B.template].tokens),
+        dropout=GuidanceDropout(text=0, all=0),
+        target_pixels=method.target_pixels,
+        max_tokens=method.tokens_per_pack,
+    )
+    caption = SampleText("x" * 4096)
+    for side, tokens in ((448, 18_816), (480, 21_600)):
+        frames = np.zeros((96, side, side, 3), dtype=np.uint8)
+        turns = Turn("user", (caption,)), Turn("assistant", (SampleClip(frames, "target", 24.0),))
+        encoded = encoder(Sample("t2v", turns, "a clip"), np.random.default_rng(0))
+        assert encoded.document.spans[-1].length == tokens
+        assert 4096 < encoded.document.und_length() < 4200
 
 
 def test_the_miniature_runs_all_its_stages(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_lies_about_times_and_counts_leave_what_is_there(
     [
         (b"stts", 12, 2**31 - 1, "seconds; at most 14400 are read"),
         (b"stsz", 8, 2**32 - 1, "not a video, or damaged"),
-        (b"stco", 8, 2**31, "has no frames"),
+        (b"stco", 8, 2**31, "is cut off before its first frame: the file has"),
     ],
 )
 def test_lies_that_leave_nothing_are_one_error(

@@ -4,6 +4,7 @@ from neounify.attention.backends import (
     BACKENDS,
     AttentionBackend,
     check_backend,
+    copied_tokens,
     select,
     select_for,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionPlan",
     "Caches",
     "check_backend",
+    "copied_tokens",
     "select",
     "select_for",
 ]

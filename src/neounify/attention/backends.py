@@ -28,6 +28,7 @@ from neounify.model.layout import Block, Layout, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import Projected
+from neounify.runtime.plan import UNLIMITED
 
 MAX_PADDING = 3.0
 """Padded tokens per token, at most: of caches that are moved into one memory, and of documents."""
@@ -441,9 +442,17 @@ class AttentionBackend:
 
     def copied_rows(self, tokens: int) -> int:
         """Rows of keys that a plan copies for a noisy image which sees `tokens` tokens."""
-        if PrefixVarlen in self.kinds:
-            return tokens
-        return MAX_PREFIX if PrefixAttention in self.kinds and tokens <= MAX_PREFIX else 0
+        if tokens > copied_tokens(self.name):
+            return 0
+        return tokens if PrefixVarlen in self.kinds else MAX_PREFIX
+
+
+def copied_tokens(name: str) -> int:
+    """The most tokens that an image sees whose prefix a backend copies; 0 where it copies none."""
+    kinds = BACKENDS["sdpa" if name == "auto" else name]
+    if PrefixVarlen in kinds:
+        return UNLIMITED
+    return MAX_PREFIX if PrefixAttention in kinds else 0
 
 
 @functools.cache

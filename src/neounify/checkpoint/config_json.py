@@ -27,7 +27,7 @@ from neounify.checkpoint.document import (
 )
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.config.checks import check_size
-from neounify.config.families import SENSENOVA_U1
+from neounify.config.families import FAMILIES, SENSENOVA_U1, family_named
 from neounify.errors import ConfigError
 from neounify.image.pixels import RGB
 
@@ -41,11 +41,32 @@ def read_config(document: Mapping[str, Any]) -> ModelConfig:
     wrong type, sizes that do not fit together or a feature not implemented here.
     """
     family = _family(document)
-    if family != SENSENOVA_U1:
+    if family_named(family).config_form == "qwen3":
         from neounify.checkpoint.qwen3_config import read_qwen3
 
         return read_qwen3(document, family)
     return _Reader(document).model()
+
+
+def config_of_tensors(
+    document: Mapping[str, Any], family: str, shapes: Mapping[str, tuple[int, ...]]
+) -> ModelConfig:
+    """The config of a checkpoint of a family: a config.json, and published names → shapes.
+
+    Raises ConfigError, also for the config.json of another family.
+    """
+    if FAMILIES[family].config_form == "qwen3":
+        from neounify.checkpoint.qwen3_config import config_of
+
+        return config_of(document, family, shapes)
+    form, described = FAMILIES[family].config_form, document.get("model_type")
+    others = [f.title for f in FAMILIES.values() if f.config_form == described != form]
+    if shapes and others:
+        raise ConfigError(
+            f"the weights are those of a {FAMILIES[family].title} model, but the config.json has "
+            f"the model_type {described!r}, as {', '.join(others)} models need it, not {form!r}"
+        )
+    return read_config(document)
 
 
 def _family(document: Any) -> str:
@@ -62,7 +83,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     dense layers beside sparse ones.
     """
     published = config.published
-    if config.family != SENSENOVA_U1:
+    if family_named(config.family).config_form == "qwen3":
         from neounify.checkpoint.qwen3_config import write_qwen3
 
         if _family(published) == config.family and read_config(published) == config:

@@ -21,24 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.config_json import config_of_tensors, write_config
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.mapped import DTYPE_NAMES
 from neounify.checkpoint.names import family_of
 from neounify.checkpoint.quantise_files import Layout, shards_of, write_parts
-from neounify.checkpoint.qwen3_config import config_of
 from neounify.checkpoint.reader import (
+    DCP_METADATA,
+    DCP_SUBFOLDER,
     MAX_CONFIG_BYTES,
     CheckpointFolder,
     files_ending,
+    is_dcp,
     read_document,
 )
 from neounify.checkpoint.save import SavesFiles, new_checkpoint
 from neounify.config import ModelConfig
+from neounify.config.families import FAMILIES
 from neounify.errors import CheckpointError
 from neounify.files import read_bytes
 
-METADATA, SUBFOLDER, ENDING = ".metadata", "model", ".distcp"
+ENDING = ".distcp"
 MAX_METADATA_BYTES = 64 * 2**20
 MAX_SIDES = 64
 """Sides of a tensor in torch."""
@@ -57,41 +60,52 @@ def convert_dcp(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write a distributed checkpoint as a folder of the published layout, weights as stored.
 
     `source` is the folder with `model/`, or that one; `config` the one with config.json, by which
     `tokenizer` gets the model's. All or nothing, as `save_model` writes. `progress` gets the number
-    of tensors that are done. Raises CheckpointError for what is damaged, no such checkpoint, or of
-    another model, and ConfigError.
+    of tensors that are done, `note` a sentence about a checkpoint that may be unfinished. Raises
+    CheckpointError for what is damaged, no such checkpoint, or of another model, and ConfigError.
     """
     parts = read_dcp(source)
     shapes = {part.name: part.shape for part in parts}
+    named = family_of(shapes)
+    family = FAMILIES[named]
+    if not (config / "config.json").is_file():
+        raise CheckpointError(
+            f"{config} holds no config.json: name the folder with config.json and the tokenizer of "
+            f"{family.base or 'its model'}, as --config"
+        )
     document = read_document(config / "config.json", MAX_CONFIG_BYTES)
-    described = config_of(document, family_of(shapes), shapes)
+    described = config_of_tensors(document, named, shapes)
+    folder = _folder_of(source)
+    places = (folder / family.finished_file, folder.parent / family.finished_file)
+    if family.finished_file and not any(place.is_file() for place in places):
+        note(
+            f"{source} lacks {family.finished_file}, which {family.title} checkpoints have once "
+            "they are complete: it may be unfinished"
+        )
     written = Path(target).resolve()
     with new_checkpoint(
         written, write_config(described), tokenizer(described), None, overwrite=overwrite
     ) as aside:
         write_parts(aside, shards_of(parts, max_shard_bytes), progress)
-        CheckpointFolder.open(aside).check(expected_shapes(described))
+        opened = CheckpointFolder.open(aside)
+        opened.check(expected_shapes(opened.config))
     return written
-
-
-def is_dcp(folder: Path) -> bool:
-    """Whether a folder is a distributed checkpoint, or holds one in `model/`."""
-    return any((place / METADATA).is_file() for place in (folder / SUBFOLDER, folder))
 
 
 def read_dcp(source: Path) -> list[StoredTensor]:
     """The tensors of a distributed checkpoint, none of them read yet. Raises CheckpointError."""
     if not is_dcp(source):
         raise CheckpointError(
-            f"{source} holds no torch distributed checkpoint: expected {SUBFOLDER}/{METADATA}"
+            f"{source} holds no torch distributed checkpoint: expected "
+            f"{DCP_SUBFOLDER}/{DCP_METADATA}"
         )
-    nested = (source / SUBFOLDER / METADATA).is_file()
-    folder = (source / SUBFOLDER if nested else source).resolve()
-    path = folder / METADATA
+    folder = _folder_of(source)
+    path = folder / DCP_METADATA
     try:
         data = read_bytes(path, MAX_METADATA_BYTES, CheckpointError)
         _check_pickle(data)
@@ -102,6 +116,12 @@ def read_dcp(source: Path) -> list[StoredTensor]:
         raise CheckpointError(
             f"{path} is damaged or of another version: {type(error).__name__} ({error!s:.200})"
         ) from error
+
+
+def _folder_of(source: Path) -> Path:
+    """The folder of the metadata and the tensors."""
+    nested = (source / DCP_SUBFOLDER / DCP_METADATA).is_file()
+    return (source / DCP_SUBFOLDER if nested else source).resolve()
 
 
 # --- metadata ---
@@ -171,16 +191,16 @@ def _check_pickle(data: bytes) -> None:
     stack, marks, memo = list[int](), list[int](), dict[int, int]()
     """The number of values inside each object on the stack and in the memo, as far as it is a
     tuple."""
-    for opcode, number, _ in pickletools.genops(data):
+    for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "MARK":
             marks.append(len(stack))
         elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(memo) if opcode.name == "MEMOIZE" else number
+            number = len(memo) if opcode.name == "MEMOIZE" else int(argument or 0)
             if not 0 <= number < len(data):
                 raise ValueError(f"an object is numbered {number}, in {len(data)} bytes")
             memo[number] = stack[-1]
         elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[number])
+            stack.append(memo[int(argument or 0)])
         elif opcode.name == "DUP":
             stack.append(stack[-1])
         else:
@@ -229,7 +249,7 @@ class _Chunk:
 
 def _tensors(metadata: Any, folder: Path) -> list[StoredTensor]:
     if not isinstance(metadata, _Record):
-        raise CheckpointError(f"{folder / METADATA} describes no checkpoint")
+        raise CheckpointError(f"{folder / DCP_METADATA} describes no checkpoint")
     stored = {}
     for place, info in dict(metadata.field("storage_data")).items():
         start = place.state.get("offset")
@@ -241,12 +261,13 @@ def _tensors(metadata: Any, folder: Path) -> list[StoredTensor]:
         elif not isinstance(entry, _Bytes):
             raise CheckpointError(f"{name!r} is neither a tensor nor an object")
     if not tensors:
-        raise CheckpointError(f"{folder / METADATA} lists no tensors")
+        raise CheckpointError(f"{folder / DCP_METADATA} lists no tensors")
     listed = sum(tensor.nbytes for tensor in tensors)
     available = sum(file.stat().st_size for file in files_ending(folder, ENDING))
     if listed > available:
         raise CheckpointError(
-            f"{folder / METADATA} lists {listed:,} bytes of tensors, the files hold {available:,}"
+            f"{folder / DCP_METADATA} lists {listed:,} bytes of tensors, the files hold "
+            f"{available:,}"
         )
     return sorted(tensors, key=lambda tensor: tensor.name)
 

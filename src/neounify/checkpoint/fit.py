@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from neounify.attention import copied_tokens
 from neounify.checkpoint.layers import LayerResidency
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Residency, StreamResidency
@@ -18,7 +19,6 @@ from neounify.errors import MemoryPlanError, RequestError
 from neounify.model.neo import NeoUnify
 from neounify.runtime.devices import abilities
 from neounify.runtime.memory_plan import (
-    MODES,
     STREAMS,
     Mode,
     Resident,
@@ -31,7 +31,7 @@ from neounify.runtime.memory_plan import (
     weight_bytes,
     working_bytes,
 )
-from neounify.runtime.memory_rows import Kept, PlanRow, first_fit, plan_row, plan_rows
+from neounify.runtime.memory_rows import Kept, PlanRow, first_fit, machine_modes, plan_row
 from neounify.runtime.rates import UNKNOWN, Machine, this_machine
 
 GB = 1e9
@@ -44,6 +44,15 @@ class Fitted(NamedTuple):
     resident: Resident
 
 
+class _Room(NamedTuple):
+    """What a permitted mode may use, and its name for users."""
+
+    machine: Machine
+    name: str
+    each: bool = False
+    """Whether it is for each of two streams."""
+
+
 def fit_memory(
     checkpoint: CheckpointFolder,
     kept: Kept,
@@ -51,21 +60,23 @@ def fit_memory(
     memory: str,
     resident_layers: int | None = None,
     *,
+    attention: str = "auto",
     ignore: bool = False,
 ) -> Fitted:
     """The mode to load weights in: `memory`, or with "auto" the first that fits.
 
-    The plan is for one image of the checkpoint's default size, in the memory that is free now.
+    The plan is for `default_task`, with this backend of attention, in the memory that is free now.
     "layers" keeps `resident_layers` of each stream, None as many as fit. With `ignore`, nothing is
     refused.
 
     Raises MemoryPlanError where a mode, or with "auto" each of them, does not fit, RequestError for
     numbers of layers and devices that "layers" cannot serve.
     """
-    modes = MODES if memory == "auto" else tuple(mode for mode in MODES if mode == memory)
-    task, machine = default_task(checkpoint.config), this_machine(device, UNKNOWN)
-    rows = _rows(checkpoint.config, kept, task, machine, modes, resident_layers, device)
-    return _chosen(rows, checkpoint, kept, task, machine, ignore=ignore)
+    machine = _machine(device, ignore=ignore)
+    rooms = {mode: _Room(machine, mode) for mode in machine_modes(machine)}
+    task = _task(checkpoint.config, attention)
+    _check_asked(rooms, memory, resident_layers, checkpoint.config, device)
+    return _chosen(rooms, checkpoint, kept, task, memory, resident_layers, ignore=ignore)
 
 
 def fit_engines(
@@ -76,79 +87,106 @@ def fit_engines(
     resident_layers: int | None = None,
     *,
     role: StreamName | None = None,
+    attention: str = "auto",
     ignore: bool = False,
 ) -> Fitted:
     """`fit_memory` for the engines of a server: of one stream, or with None of both at once.
 
     Then a stream may take half of the memory by layers, and both have as many resident layers.
     """
-    config = checkpoint.config
-    task, machine = default_task(config), this_machine(device, UNKNOWN)
+    if memory == "stream":
+        raise RequestError("memory='stream' is not for a server; take all or layers")
+    task, machine = _task(checkpoint.config, attention), _machine(device, ignore=ignore)
     # A process of one engine loads one stream, as the residency of streams does it.
     whole: Mode = "all" if role is None else "stream"
     if role == "und":
         task = replace(task, kind="chat")
-    asked = whole if memory == "all" else memory
-    modes: tuple[Mode, ...] = tuple(mode for mode in (whole, "layers") if asked in ("auto", mode))
-    if memory == "stream" or not modes:
-        raise RequestError(f"memory={memory!r} is not for a server; take all or layers")
-    rows = _rows(config, kept, task, machine, modes[:1], resident_layers, device)
-    if "layers" in modes:
-        half = replace(machine, device=machine.device / 2) if role is None else machine
-        rows = [row for row in rows if row.mode != "layers"]
-        rows += _rows(config, kept, task, half, ("layers",), resident_layers, device)
-    fitted = _chosen(rows, checkpoint, kept, task, machine, ignore=ignore)
+    rooms = {whole: _Room(machine, "all")}
+    if machine.by_layers:
+        half = replace(machine, device=machine.device / 2)
+        rooms["layers"] = _Room(half if role is None else machine, "layers", each=role is None)
+    _check_asked(rooms, memory, resident_layers, checkpoint.config, device)
+    fitted = _chosen(rooms, checkpoint, kept, task, memory, resident_layers, ignore=ignore)
     fewest = min(fitted.resident.values(), default=0)
     return Fitted(fitted.memory, dict.fromkeys(STREAMS, fewest))
 
 
-def _rows(
-    config: ModelConfig,
-    kept: Kept,
-    task: Task,
-    machine: Machine,
-    modes: Sequence[Mode],
+def _task(config: ModelConfig, attention: str) -> Task:
+    """`default_task`, by the rule of a backend of attention for copies of prefixes."""
+    return replace(default_task(config), copied_tokens=copied_tokens(attention))
+
+
+def _machine(device: torch.device, *, ignore: bool) -> Machine:
+    """This machine. With `ignore` it has no memory where the system does not say how much."""
+    try:
+        return this_machine(device, UNKNOWN)
+    except RequestError:
+        if not ignore:
+            raise
+        here = abilities(device)
+        unified, by_layers = here.unified, here.by_layers
+        return Machine(device=0, host=0, rates=UNKNOWN, unified=unified, by_layers=by_layers)
+
+
+def _check_asked(
+    rooms: Mapping[Mode, _Room],
+    memory: str,
     resident_layers: int | None,
+    config: ModelConfig,
     device: torch.device,
-) -> list[PlanRow]:
-    """Rows of the modes that a device serves. Raises RequestError."""
+) -> None:
+    """Raise RequestError for numbers of layers, and for "layers" where no room is for it."""
     if resident_layers is not None:
         _check_count(resident_layers, config.num_layers)
-    by_layers = abilities(device).by_layers
-    if tuple(modes) == ("layers",) and not by_layers:
+    names = [room.name for room in rooms.values()]
+    if memory == "layers" and "layers" not in names:
         raise RequestError(
-            f"memory='layers' works on cpu and cuda, not on {device.type}; take memory='stream'",
+            f"memory='layers' works on cpu and cuda, not on {device.type}; take "
+            f"memory={names[-1]!r}",
             param="memory",
         )
-    resident: Resident = dict.fromkeys(task.streams, resident_layers or 0)
-    if resident_layers is None:
-        working = working_bytes(config, task, kept.itemsize, least_prefill_rows(task))
-        device_bytes, unified = machine.device, machine.unified
-        most = fitting_layers(kept.weights, working, device_bytes, unified=unified)
-        resident = most or resident
-    return [
-        plan_row(config, kept, task, machine, mode, resident)
-        for mode in modes
-        if mode != "layers" or by_layers
-    ]
 
 
 def _chosen(
-    rows: Sequence[PlanRow],
+    rooms: Mapping[Mode, _Room],
     checkpoint: CheckpointFolder,
     kept: Kept,
     task: Task,
-    machine: Machine,
+    memory: str,
+    resident_layers: int | None,
     *,
     ignore: bool,
 ) -> Fitted:
-    """The first row that fits. Raises MemoryPlanError, or takes the last with `ignore`."""
+    """The first mode that fits. Raises MemoryPlanError, or takes the last with `ignore`."""
+    config = checkpoint.config
+    rows = []
+    for mode, room in rooms.items():
+        if memory in ("auto", room.name):
+            resident = _resident(config, kept, task, room.machine, resident_layers)
+            rows.append(plan_row(config, kept, task, room.machine, mode, resident))
     chosen = first_fit(rows)
     if chosen is None and not ignore:
-        every = plan_rows(checkpoint.config, [kept, _int8(checkpoint, kept)], task, machine)
-        raise MemoryPlanError(_refusal(rows, every, machine, checkpoint.path.name))
+        none: Resident = dict.fromkeys(task.streams, 0)
+        every = [
+            plan_row(config, form, task, room.machine, mode, none)
+            for form in (kept, _int8(checkpoint, kept))
+            for mode, room in rooms.items()
+        ]
+        counted = resident_layers is not None
+        raise MemoryPlanError(_refusal(rows, every, rooms, checkpoint.path.name, counted=counted))
     row = chosen or rows[-1]
     return Fitted(row.mode, row.resident)
+
+
+def _resident(
+    config: ModelConfig, kept: Kept, task: Task, machine: Machine, count: int | None
+) -> Resident:
+    """`count` layers of each stream; None as many as fit, 0 where not even that does."""
+    if count is not None:
+        return dict.fromkeys(task.streams, count)
+    working = working_bytes(config, task, kept.itemsize, least_prefill_rows(task))
+    most = fitting_layers(kept.weights, working, machine.device, unified=machine.unified)
+    return most or dict.fromkeys(task.streams, 0)
 
 
 def _check_count(resident_layers: int, count: int) -> None:
@@ -165,44 +203,76 @@ def _int8(checkpoint: CheckpointFolder, kept: Kept) -> Kept:
     return Kept(name="int8", weights=weights, itemsize=kept.itemsize)
 
 
-def _refusal(rows: Sequence[PlanRow], every: Sequence[PlanRow], machine: Machine, name: str) -> str:
-    """Why nothing of `rows` fits, and the first of `every` that does."""
+def _refusal(
+    rows: Sequence[PlanRow],
+    every: Sequence[PlanRow],
+    rooms: Mapping[Mode, _Room],
+    name: str,
+    *,
+    counted: bool,
+) -> str:
+    """Why nothing of `rows` fits, and the first of `every` that does.
+
+    `counted`: a number of resident layers was asked for, so that of what would fit is named.
+    """
+
+    def named(row: PlanRow) -> str:
+        return _named(rooms[row.mode].name, row, counted=counted)
+
     least = min(rows, key=lambda row: row.peak)
-    needs = f"{name} with memory={least.mode!r} peaks at {least.peak / GB:.1f} GB"
-    have = f"{machine.device / GB:.1f} GB are free"
+    machine, _, each = rooms[least.mode]
+    needs = f"{name} with {named(least)} peaks at {least.peak / GB:.1f} GB"
+    have = f"{machine.device / GB:.1f} GB are free{' for each stream' if each else ''}"
     fitting = [row for row in every if row.fits]
     if not fitting:
         smallest = min(every, key=lambda row: row.peak)
         what = (
-            f"nothing fits: {smallest.weights} weights with memory={smallest.mode!r} peak at "
+            f"nothing fits: {smallest.weights} weights with {named(smallest)} peak at "
             f"{smallest.peak / GB:.1f} GB"
         )
     else:
         best = fitting[0]
         form = "" if best.weights == rows[0].weights else f"{best.weights} weights and "
-        what = f"{form}memory={best.mode!r} would fit, with a peak of {best.peak / GB:.1f} GB"
+        what = f"{form}{named(best)} would fit, with a peak of {best.peak / GB:.1f} GB"
     return f"{needs}, and {have}; {what} (plan='ignore' tries nevertheless)"
 
 
+def _named(memory: str, row: PlanRow, *, counted: bool) -> str:
+    """The arguments of `load` for a row: its mode, and with `counted` its resident layers."""
+    layers = min(row.resident.values(), default=0)
+    count = f", resident_layers={layers}" if counted and row.mode == "layers" else ""
+    return f"memory={memory!r}{count}"
+
+
 def used_up(
-    checkpoint: CheckpointFolder, kept: Kept, device: torch.device, memory: str, error: Exception
+    checkpoint: CheckpointFolder,
+    kept: Kept,
+    device: torch.device,
+    memory: Mode,
+    resident: Resident,
+    error: Exception,
+    *,
+    attention: str = "auto",
 ) -> MemoryPlanError:
-    """The error for memory that was used up while weights were read: the plan, and what is less."""
-    task, machine = default_task(checkpoint.config), this_machine(device, UNKNOWN)
+    """The error for memory that was used up while weights were read: the plan, and what is less.
+
+    `resident`: the layers of each stream that were to stay.
+    """
+    config = checkpoint.config
+    task, machine = _task(config, attention), _machine(device, ignore=True)
     none: Resident = dict.fromkeys(task.streams, 0)
-    forms = [kept, _int8(checkpoint, kept)]
+    used = plan_row(config, kept, task, machine, memory, resident or none)
     rows = [
-        plan_row(checkpoint.config, form, task, machine, mode, none)
-        for form in forms
-        for mode in MODES
-        if mode != "layers" or abilities(device).by_layers
+        plan_row(config, form, task, machine, mode, none)
+        for form in (kept, _int8(checkpoint, kept))
+        for mode in machine_modes(machine)
     ]
-    used = next(row for row in rows if row.mode == memory)
-    less = [row for row in rows if row.peak < used.peak]
+    counted = any(resident.values())
     advice = [
-        f"{'' if row.weights == kept.name else 'int8 weights and '}memory={row.mode!r} "
-        f"peaks at {row.peak / GB:.1f} GB"
-        for row in less
+        f"{'' if row.weights == kept.name else 'int8 weights and '}"
+        f"{_named(row.mode, row, counted=counted)} peaks at {row.peak / GB:.1f} GB"
+        for row in rows
+        if row.peak < used.peak
     ]
     reason = (str(error).splitlines() or ["out of memory"])[0]
     return MemoryPlanError(
@@ -214,16 +284,25 @@ def used_up(
 
 def actual_peak(device: torch.device) -> str:
     """The peak of this process so far, in words."""
-    if device.type == "cuda":
-        actual = torch.cuda.max_memory_reserved(device)
+    if device.type in ("cuda", "xpu"):
+        actual = torch.get_device_module(device).max_memory_reserved(device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         actual = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"the actual peak so far is {actual / GB:.1f} GB"
 
 
-def peaks(model: NeoUnify, residency: Residency | None) -> str:
-    """Predicted peak of a loaded model, for an image of default size, and the actual one so far."""
+def peaks(
+    model: NeoUnify,
+    residency: Residency | None,
+    kept: Kept | None = None,
+    *,
+    attention: str = "auto",
+) -> str:
+    """Predicted peak of a loaded model, for `default_task`, and the actual one so far.
+
+    `kept`: its weights as they were loaded, None for plain ones in the dtype of the model.
+    """
     itemsize = model.compute_dtype.itemsize
     mode: Mode = "all"
     resident: Resident = {}
@@ -231,15 +310,16 @@ def peaks(model: NeoUnify, residency: Residency | None) -> str:
         mode, resident = "layers", residency.resident
     elif isinstance(residency, StreamResidency):
         mode = "stream"
-    task = default_task(model.config)
+    task = _task(model.config, attention)
     predicted = peak_bytes(
-        weight_bytes(model.config, itemsize),
+        weight_bytes(model.config, itemsize) if kept is None else kept.weights,
         mode,
         working_bytes(model.config, task, itemsize),
         resident,
-        unified=model.device.type == "cpu",
+        unified=abilities(model.device).unified,
     )
+    what = f"a video of {task.frames} frames of" if task.frames else "an image of"
     return (
-        f"an image of {task.width}×{task.height} peaks at {predicted / GB:.1f} GB by the plan "
+        f"{what} {task.width}×{task.height} peaks at {predicted / GB:.1f} GB by the plan "
         f"of memory={mode!r}, {actual_peak(model.device)}"
     )

@@ -27,7 +27,7 @@ from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import CHUNK_ELEMENTS, StoredWeight
 from neounify.checkpoint.save import SavesFiles, new_checkpoint
 from neounify.errors import CheckpointError, RequestError
-from neounify.quant.blocks import BLOCK_FORMATS, BlockFormat
+from neounify.quant.blocks import BLOCK_FORMATS, BlockFormat, BlockRows
 
 ARCHITECTURE = "sensenova_u15"
 """As other tools call this layout."""
@@ -118,6 +118,12 @@ class _Weight:
         if not all_finite(stored):
             raise ValueError(f"{float(values.abs().max()):.3g} does not fit float16")
         return stored
+
+
+def block_formats(preset: str, shapes: Mapping[str, torch.Size]) -> set[BlockRows]:
+    """The formats of those weights (our names) that `save_gguf` writes in blocks."""
+    formats = {_format(name, shape, preset) for name, shape in shapes.items()}
+    return {BlockRows(format) for format in formats if isinstance(format, BlockFormat)}
 
 
 def _format(name: str, shape: torch.Size, preset: str) -> BlockFormat | torch.dtype:

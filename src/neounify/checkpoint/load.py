@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from neounify.errors import RequestError, is_out_of_memory
 from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
+from neounify.runtime.memory_plan import Mode
+from neounify.runtime.memory_rows import Kept
 from neounify.runtime.plan import free_memory
 from neounify.runtime.process import return_freed_memory
 
@@ -42,12 +45,16 @@ log = logging.getLogger("neounify")
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A model, the residency of its weights, the folder it came from, and its dtype."""
+    """A model, the residency of its weights, the folder it came from, and its dtype.
+
+    `kept` counts the bytes of its weights as they were loaded, for the memory plan.
+    """
 
     model: NeoUnify
     residency: Residency
     checkpoint: CheckpointFolder
     dtype: DtypeChoice
+    kept: Callable[[], Kept]
 
 
 def load_model(
@@ -95,6 +102,7 @@ def load_checkpoint(
     shares: Mapping[str, Share] | None = None,
     quantise: str | None = None,
     backend: str = "auto",
+    attention: str = "auto",
     before: Callable[[ModelConfig, torch.dtype], None] = lambda config, dtype: None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
@@ -110,7 +118,7 @@ def load_checkpoint(
     best one here, "decoded" makes plain weights of them. quantise: a preset ("int8", "int8-all",
     "fp8", "w4-mixed", "w4") by which weights that are not quantised are, whenever they are read.
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order; beside
-    the codes of layers that stay quantised.
+    the codes of layers that stay quantised. attention: the backend whose copies the plan counts.
     memory: "all" keeps everything; "stream" see StreamResidency, "layers" see LayerResidency, which
     keeps `resident_layers` of each stream, None as many as fit; "auto" the first that fits. Use the
     returned `residency` around every use of the model: weights may not be there before. plan:
@@ -124,42 +132,54 @@ def load_checkpoint(
     check_memory(memory, plan)
     checkpoint = _opened(folder, config)
     check_backend_used(checkpoint, quantise, backend)
-    target_device = resolve_device(device)
-    choice = choose_dtype(dtype, checkpoint, target_device.type)
-    check_dtype(choice.dtype, target_device)
+    place = resolve_device(device)
+    choice = choose_dtype(dtype, checkpoint, place.type)
+    check_dtype(choice.dtype, place)
     before(checkpoint.config, choice.dtype)
     new = f", layers quantised to {quantise}" if quantise else ""
     log.info("loading %s in %s%s", checkpoint.path.name, choice, new)
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
-    decoded = backend == DECODED
-    coded = bool(quantise or (checkpoint.quantised and not decoded))
-    memory, resident = _fitted(
-        checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded, quantise
-    )
+    coded = bool(quantise or (checkpoint.quantised and backend != DECODED))
+    kept = _counted(checkpoint, choice.dtype, backend, quantise)
+    fit = _fitted(checkpoint, kept, choice.dtype, place, memory, resident_layers, plan, attention)
+    memory, resident = fit
     updates = read_loras(lora, lora_strength, shapes, checkpoint.config.family)
     sources = stored_weights(checkpoint, shapes, updates, shares)
-    with _within_memory(checkpoint, choice.dtype, target_device, memory, backend, quantise):
+    with _within_memory(checkpoint, kept, place, fit, attention):
         small: dict[str, Tensor] = {}
         if coded:
             from neounify.checkpoint.quantised_layers import place_codes
 
-            small = place_codes(model, sources, checkpoint, target_device, quantise, backend)
-        _fill(model, sources, small, choice.dtype, target_device, memory, verify=verify)
+            small = place_codes(model, sources, checkpoint, place, quantise, backend)
+        _fill(model, sources, small, choice.dtype, place, memory, verify=verify)
         model.compute_dtype = choice.dtype
         residency = _residency(model, sources, memory, resident, backend if coded else DECODED)
-    return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
+    return LoadedCheckpoint(model.eval(), residency, checkpoint, choice, kept)
+
+
+def _counted(
+    checkpoint: CheckpointFolder, dtype: torch.dtype, backend: str, quantise: str | None
+) -> Callable[[], Kept]:
+    """A function that counts the weights, once, when they are first asked for."""
+
+    @functools.cache
+    def count() -> Kept:
+        from neounify.checkpoint.sizes import kept_weights
+
+        return kept_weights(checkpoint, dtype, decoded=backend == DECODED, quantise=quantise)
+
+    return count
 
 
 @contextmanager
 def _within_memory(
     checkpoint: CheckpointFolder,
-    dtype: torch.dtype,
+    kept: Callable[[], Kept],
     device: torch.device,
-    memory: Memory,
-    backend: str,
-    quantise: str | None,
+    fitted: tuple[Mode, Mapping[StreamName, int]],
+    attention: str,
 ) -> Iterator[None]:
     """Context of reading weights: an error of memory becomes a MemoryPlanError, with advice."""
     try:
@@ -169,11 +189,10 @@ def _within_memory(
         if not is_out_of_memory(error):
             raise
         from neounify.checkpoint.fit import used_up
-        from neounify.checkpoint.sizes import kept_weights
 
-        kept = kept_weights(checkpoint, dtype, decoded=backend == DECODED, quantise=quantise)
+        gone = used_up(checkpoint, kept(), device, *fitted, error, attention=attention)
         # The frames of the error hold tensors.
-        raise used_up(checkpoint, kept, device, memory, error) from error.with_traceback(None)
+        raise gone from error.with_traceback(None)
 
 
 def _fill(
@@ -209,14 +228,14 @@ def check_memory(memory: str, plan: str = "check") -> None:
 
 def _fitted(
     checkpoint: CheckpointFolder,
+    kept: Callable[[], Kept],
     dtype: torch.dtype,
     device: torch.device,
     memory: Memory,
     resident_layers: int | None,
     plan: PlanUse,
-    decoded: bool,
-    quantise: str | None,
-) -> tuple[Memory, Mapping[StreamName, int]]:
+    attention: str,
+) -> tuple[Mode, Mapping[StreamName, int]]:
     """The mode to load in, and the layers that stay. Raises MemoryPlanError.
 
     No plan is made where memory is far from full, or everything is to be tried.
@@ -229,11 +248,11 @@ def _fitted(
     if memory == "stream" and plan == "ignore":
         return "stream", {}
     from neounify.checkpoint.fit import fit_memory
-    from neounify.checkpoint.sizes import kept_weights
 
-    kept = kept_weights(checkpoint, dtype, decoded=decoded, quantise=quantise)
     ignore = plan == "ignore"
-    fitted = fit_memory(checkpoint, kept, device, memory, resident_layers, ignore=ignore)
+    fitted = fit_memory(
+        checkpoint, kept(), device, memory, resident_layers, attention=attention, ignore=ignore
+    )
     log.info("memory=%r", fitted.memory)
     return fitted.memory, fitted.resident
 

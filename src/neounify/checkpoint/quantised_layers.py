@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from neounify.checkpoint.config_json import quantised_entry, with_quantised
+from neounify.checkpoint.load import stored_weights
+from neounify.checkpoint.names import to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Share, StoredWeight, part_shares
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, ConfigError, RequestError
+from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.quant.backends import AUTO, check_held, choose_backend
 from neounify.quant.blocks import BlockRows
@@ -26,7 +29,7 @@ from neounify.quant.formats import (
 )
 from neounify.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from neounify.quant.presets import preset_formats
-from neounify.quant.stored import description_tensor
+from neounify.quant.stored import StoredCodes, description_tensor
 from neounify.quant.w4 import GROUP
 
 log = logging.getLogger("neounify")
@@ -88,17 +91,16 @@ def place_stored(
 
     Their codes take the place of the weights in `sources`; the small tensors beside them come back,
     by our names. Weights of other modules stay, to be decoded. LoRA updates of a quantised weight
-    become an adapter beside it. Shares that codes cannot be cut into are decoded with a warning, or
-    raise ConfigError for a backend that is named.
+    become an adapter beside it; an embedding, which has none, is decoded and updated. Shares that
+    codes cannot be cut into are decoded with a warning, or raise ConfigError for a backend that is
+    named.
     """
     small: dict[str, Tensor] = {}
     uncut: list[ConfigError] = []
     for name, source in list(sources.items()):
-        codes = source.codes
-        if codes is None or not _takes_codes(model, name):
+        codes = _kept_codes(model, name, source)
+        if codes is None:
             continue
-        if source.info.stored_shape[0] != codes.shape[0]:
-            continue  # blocks that cross the ends of rows
         try:
             check_cut(name, codes.format, codes.shape, source.share)
         except ConfigError as error:
@@ -132,7 +134,8 @@ def place_new(
     """Quantised layers as a preset says, of weights that are quantised whenever they are read.
 
     `sources` (our name → stored weight) get their formats. Weights that are stored as codes already
-    keep theirs, LoRA updates become an adapter beside the codes. Raises RequestError where all are
+    keep theirs, LoRA updates become an adapter beside the codes, or are quantised with an
+    embedding. Raises RequestError where all are
     codes, and ConfigError for shares that a format cannot be cut into.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -143,7 +146,9 @@ def place_new(
             continue
         check_cut(name, format, shapes[name], source.share)
         _place(model, name, format, source, backend, device)
-        sources[name] = replace(source, updates=(), format=format)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        beside = isinstance(layer, QuantLinear)
+        sources[name] = replace(source, updates=() if beside else source.updates, format=format)
         placed += 1
     if not placed:
         raise RequestError(
@@ -181,6 +186,30 @@ def quantised_config(config: ModelConfig, preset: str, fingerprint: str) -> Mode
     return config.replace(published=with_quantised(config.published, entry))
 
 
+def kept_formats(checkpoint: CheckpointFolder) -> dict[str, WeightFormat]:
+    """Published name → format of the weights that stay codes in the model of a checkpoint.
+
+    Its other quantised weights are decoded when they are read.
+    """
+    model, family = meta_model(checkpoint.config), checkpoint.config.family
+    names = {name: to_published(name, family) for name in model.state_dict()}
+    quantised = [name for name, published in names.items() if published in checkpoint.quantised]
+    sources = stored_weights(checkpoint, quantised)
+    kept = {names[name]: _kept_codes(model, name, source) for name, source in sources.items()}
+    return {published: codes.format for published, codes in kept.items() if codes is not None}
+
+
+def _kept_codes(model: NeoUnify, name: str, source: StoredWeight) -> StoredCodes | None:
+    """The codes of a stored weight, where they are not decoded when it is read."""
+    codes = source.codes
+    if codes is None or not _takes_codes(model, name):
+        return None
+    if source.info.stored_shape[0] != codes.shape[0]:
+        return None  # blocks that cross the ends of rows
+    embeds = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    return None if embeds and source.updates else codes
+
+
 def _takes_codes(model: NeoUnify, name: str) -> bool:
     """Whether a weight may stay codes: of linear layers, and of an embedding that is not tied."""
     module = model.get_submodule(name.rpartition(".")[0])
@@ -208,7 +237,7 @@ def _place(
         model.set_submodule(path, QuantEmbedding(format, tuple(shape)))
         return
     assert isinstance(plain, nn.Linear)
-    chosen = choose_backend(backend, format, shape[1], device)
+    chosen = choose_backend(backend, format, tuple(shape), device)
     layer = QuantLinear(format, tuple(shape), plain.bias, chosen)
     pairs = [(u.down, u.up, u.scale) for u in source.updates]
     if share is not None and share.dim == 0:

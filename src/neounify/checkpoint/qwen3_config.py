@@ -26,7 +26,7 @@ from neounify.checkpoint.document import (
 )
 from neounify.checkpoint.names import EMBED_TOKENS, to_published
 from neounify.config import MlpConfig, ModelConfig
-from neounify.config.families import FAMILIES
+from neounify.config.families import FAMILIES, family_named
 
 MODEL_TYPE = "qwen3"
 _PROFILE_MODEL = ("rope_theta_hw", "max_grid", "patch_size", "merge", "channels")
@@ -35,8 +35,7 @@ PACKAGE_KEYS = ("family", "model", "flow", "sampling", "gen_intermediate_size", 
 
 def read_qwen3(document: Mapping[str, Any], family: str) -> ModelConfig:
     """The model of a family with the sizes of a parsed Qwen3 config.json. Raises ConfigError."""
-    require(family in FAMILIES, f"neounify.family {family!r} is unknown: {', '.join(FAMILIES)}")
-    title, profile = FAMILIES[family].title, FAMILIES[family].profile
+    title, profile = family_named(family).title, family_named(family).profile
     model_type = document.get("model_type")
     require(
         model_type == MODEL_TYPE,

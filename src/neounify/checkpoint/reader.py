@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import read_config
+from neounify.checkpoint.config_json import config_of_tensors
 from neounify.checkpoint.mapped import MappedFile, TensorInfo
 from neounify.checkpoint.names import (
     EMBED_TOKENS,
@@ -31,15 +31,15 @@ from neounify.checkpoint.names import (
     to_published,
 )
 from neounify.config import ModelConfig
-from neounify.config.families import SENSENOVA_U1, title_of
-from neounify.errors import CheckpointError, ConfigError
+from neounify.config.families import FAMILIES, title_of
+from neounify.errors import CheckpointError
 from neounify.files import WEIGHT_FILES, read_json
 
 if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
     from neounify.quant.stored import StoredCodes
 
-SAVE_COMPLETE = "__SAVE_COMPLETE"
-"""Empty file in finished folders of PixelUMM checkpoints."""
+DCP_METADATA, DCP_SUBFOLDER = ".metadata", "model"
+"""File by which a torch distributed checkpoint (DCP) is known, and where a published one has it."""
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_LISTED = 20
@@ -210,19 +210,8 @@ class CheckpointFolder:
         return equal
 
     def _config(self) -> ModelConfig:
-        family, described = family_of(self.tensors), self.document.get("model_type")
-        if family != SENSENOVA_U1:
-            from neounify.checkpoint.qwen3_config import config_of
-
-            shapes = {name: self.shape_of(name) for name in self.tensors}
-            config = config_of(self.document, family, shapes)
-        elif self.tensors and described == "qwen3":
-            raise ConfigError(
-                f"{self.path}: the weights are those of a SenseNova-U1 model, but the config.json "
-                f"in {self.home} is that of a Qwen3 language model, as PixelUMM models need it"
-            )
-        else:
-            config = read_config(self.document)
+        shapes = {name: self.shape_of(name) for name in self.tensors}
+        config = config_of_tensors(self.document, family_of(self.tensors), shapes)
         if LM_HEAD not in self.tensors and not config.tie_embeddings:
             config = config.replace(lm_head=False)
         first = self.tensors.get(FLOW_HEAD_INPUT)
@@ -255,7 +244,8 @@ def checkpoint_home(
 ) -> Path:
     """The folder of config.json and the tokenizer of a model, which is a folder or a file.
 
-    It is `config`, by default the folder, or that of the file. Raises CheckpointError.
+    It is `config`, by default the folder, or that of the file. Raises CheckpointError, also for a
+    torch distributed checkpoint, which is to be converted.
     """
     model = Path(path)
     if not model.is_dir() and not (model.is_file() and model.suffix.lower() in WEIGHT_FILES):
@@ -265,22 +255,41 @@ def checkpoint_home(
             ".safetensors or .gguf file"
         )
     model = model.resolve()
+    if is_dcp(model) and not files_ending(model, ".safetensors"):
+        bases = ", ".join(f"{f.base} for {f.title}" for f in FAMILIES.values() if f.base)
+        raise CheckpointError(
+            f"{model} is a torch distributed checkpoint; convert it once, if you trust where it "
+            f"came from: neounify convert {model} OUT --from-dcp --config FOLDER, where FOLDER "
+            f"holds config.json and the tokenizer of its language model ({bases})"
+        )
     if config is None:
         home = model if model.is_dir() else model.parent
-        if (model / SAVE_COMPLETE).is_file() and not (home / "config.json").is_file():
-            raise CheckpointError(
-                f"{model} is a PixelUMM checkpoint without config.json: name the folder with "
-                "config.json and the tokenizer of Qwen3-8B, as config= or --config"
-            )
-        if model.is_file() and not (home / "config.json").is_file():
-            raise CheckpointError(
-                f"{model} is one file of weights, and {home} holds no config.json: name the folder "
-                "with config.json and the tokenizer of its model, as config= or --config"
-            )
+        if not os.path.lexists(home / "config.json"):
+            raise CheckpointError(_without_config(model, home))
         return home
     if not Path(config).is_dir():
         raise CheckpointError(f"config {config} is not a folder with config.json and a tokenizer")
     return Path(config).resolve()
+
+
+def _without_config(model: Path, home: Path) -> str:
+    """Message about a model without config.json."""
+    what, owner = f"{home / 'config.json'} is missing; a checkpoint folder needs it", "its model"
+    if model.is_file():
+        what = f"{model} is one file of weights, and {home} holds no config.json"
+    for family in FAMILIES.values():
+        if model.is_dir() and family.base and (home / family.finished_file).is_file():
+            what = f"{home} is a {family.title} checkpoint without config.json"
+            owner = family.base
+    return (
+        f"{what}: name the folder with config.json and the tokenizer of {owner}, as config= or "
+        "--config"
+    )
+
+
+def is_dcp(folder: Path) -> bool:
+    """Whether a folder is a torch distributed checkpoint, or holds one in `model/`."""
+    return any((place / DCP_METADATA).is_file() for place in (folder / DCP_SUBFOLDER, folder))
 
 
 def read_document(path: Path, limit: int) -> dict[str, Any]:
@@ -332,11 +341,6 @@ def _open_files(folder: Path) -> list[MappedFile]:
         raise CheckpointError(
             f"{folder} holds {len(files)} weight files but no model{INDEX_SUFFIX} to say which "
             "tensor is where; download it too"
-        )
-    if (folder / "model" / ".metadata").is_file():
-        raise CheckpointError(
-            f"{folder} holds a torch distributed checkpoint; convert it once, if you trust where "
-            f"it came from: neounify convert {folder} OUT --from-dcp --config FOLDER"
         )
     ggufs = files_ending(folder, ".gguf")
     if len(ggufs) == 1:

@@ -18,9 +18,8 @@ from torch import Tensor
 from neounify.checkpoint.config_json import read_config, with_quantised, write_config
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import each_expert, is_beside_codes, to_published
-from neounify.checkpoint.reader import SAVE_COMPLETE
 from neounify.config import ModelConfig
-from neounify.config.families import PIXELUMM
+from neounify.config.families import FAMILIES
 from neounify.errors import CheckpointError, RequestError
 from neounify.files import atomic_folder, check_empty, write_json
 from neounify.model import NeoUnify
@@ -95,8 +94,8 @@ def new_checkpoint(
         if tokenizer is not None:
             tokenizer.save(aside)
         _write_texts(extra_files or {}, aside)
-        if read_config(document).family == PIXELUMM:  # its loader refuses a folder without it
-            (aside / SAVE_COMPLETE).touch()
+        if finished_file := FAMILIES[read_config(document).family].finished_file:
+            (aside / finished_file).touch()
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:

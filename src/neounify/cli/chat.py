@@ -36,7 +36,7 @@ from neounify.cli.videos import QuestionOptions, VideoFiles, read_clips
 from neounify.errors import Cancelled, NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
-from neounify.text.forms import TEMPLATES
+from neounify.text.forms import TEMPLATES, has_numbers, unnumbered
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -258,11 +258,10 @@ class ChatLines:
         from neounify.tasks.clips import place_videos
 
         arguments, config = lines[0].options.arguments(), self._model.pipe.config
-        template = TEMPLATES[config.template]
         prompts: list[Any] = []
         for line in lines:
             videos = read_clips(line.paths(VIDEOS), line.options, config)
-            prompts.append(place_videos(line.prompt, videos, template) if videos else line.prompt)
+            prompts.append(place_videos(line.prompt, videos) if videos else line.prompt)
         with self._display.bar("answering"):
             answers = self._model.pipe.chat_batch(
                 prompts, [line.paths(IMAGES) for line in lines], **arguments
@@ -357,7 +356,12 @@ class ChatLoop:
 
         images = len(self._images) - self._asked[0]
         videos = len(self._videos) - self._asked[1]
-        text = mark_videos(place_images(question, images, numbered=False), videos)
+        template, text = TEMPLATES[self._model.pipe.config.template], question
+        numbered = template.number_marks and has_numbers(question)
+        if not numbered:
+            text = unnumbered(question) if template.number_marks else question
+            text = place_images(text, images, numbered=False, line=template.image_line)
+        text = mark_videos(text, videos)
         messages = [*self._messages, {"role": "user", "content": text}]
         shown = self._images or self._videos
         if not shown and not self._messages and asks_about_image(question, self._model.folder):

@@ -234,6 +234,7 @@ def _convert_dcp(
             tokenizer=partial(load_tokenizer, config),
             max_shard_bytes=shard,
             overwrite=overwrite,
+            note=display.note,
         )
 
 

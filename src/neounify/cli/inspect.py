@@ -15,13 +15,16 @@ from rich.text import Text
 from neounify.cli.display import Display, human_bytes, is_narrow
 from neounify.cli.models import resolve_model
 from neounify.cli.options import ConfigFolder, ReportOptions
-from neounify.errors import CheckpointError
+from neounify.errors import CheckpointError, RequestError
 from neounify.files import WEIGHT_FILES
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
+    import torch
+
     from neounify.checkpoint import CheckpointFolder, Summary, SummaryRow
     from neounify.config import MlpConfig, ModelConfig
+    from neounify.quant.stored import StoredCodes
 
 STREAMS = {
     "und": "understanding",
@@ -30,6 +33,8 @@ STREAMS = {
     "unknown": "unknown",
     "all": "total",
 }
+DECODED_WEIGHTS = "decoded"
+"""What is shown for quantised weights that become plain ones when they are read."""
 WIDTH = 100
 """Columns of tables that do not go to a terminal."""
 
@@ -214,25 +219,39 @@ def _video_facts(c: ModelConfig) -> list[tuple[str, str]]:
 
 
 def _quantised(checkpoint: CheckpointFolder) -> dict[str, str]:
-    """Format of quantised weights → how linear layers of it compute on this machine."""
+    """Format of quantised weights → how layers of it compute on this machine, or why not."""
     if not checkpoint.quantised:
         return {}
     import torch
 
-    from neounify.checkpoint.names import from_published, part_of
+    from neounify.checkpoint.quantised_layers import kept_formats
     from neounify.cli.models import default_device
-    from neounify.quant import experts
-    from neounify.quant.backends import AUTO, choose_backend
 
     device = torch.device(default_device())
+    kept = kept_formats(checkpoint)
     backends: dict[str, set[str]] = {}
     for name, codes in checkpoint.quantised.items():
-        backend = str(choose_backend(AUTO, codes.format, codes.shape[-1], device))
-        ours = from_published(name)
-        if ours is not None and part_of(ours) == "experts" and experts.groups_on(device):
-            backend = experts.GROUPED
+        backend = DECODED_WEIGHTS
+        if name in kept:
+            backend = _backend(name, codes, device)
         backends.setdefault(codes.label, set()).add(backend)
     return {label: ", ".join(sorted(chosen)) for label, chosen in sorted(backends.items())}
+
+
+def _backend(name: str, codes: StoredCodes, device: torch.device) -> str:
+    """How codes of a weight (published name) compute on a device."""
+    from neounify.checkpoint.names import from_published, part_of
+    from neounify.quant import experts
+    from neounify.quant.backends import AUTO, check_held, choose_backend
+
+    try:
+        check_held(codes.format, device)
+    except RequestError:
+        return f"none: {device.type} cannot hold it; --backend decoded makes plain weights"
+    ours = from_published(name)
+    if ours is not None and part_of(ours) == "experts" and experts.groups_on(device):
+        return experts.GROUPED
+    return str(choose_backend(AUTO, codes.format, codes.shape, device))
 
 
 def _mlp(mlp: MlpConfig) -> str:

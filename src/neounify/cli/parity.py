@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +13,19 @@ from neounify.cli.display import Display
 from neounify.cli.files import check_new_folder
 from neounify.cli.models import default_device, resolve_model
 from neounify.cli.options import FILES, MODEL, ConfigFolder, OverwriteOptions, ReportOptions, option
+from neounify.errors import RequestError
 from neounify.files import atomic_folder, write_json
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
+    import torch
+
+    from neounify.checkpoint import CheckpointFolder
+    from neounify.config import ModelConfig
     from neounify.evaluate.metrics import Rate
     from neounify.evaluate.parity import Parity
     from neounify.pipeline import Pipeline
+    from neounify.quant.formats import WeightFormat
 
 PROMPTS = (
     "a red circle",
@@ -94,13 +101,43 @@ def parity(
 def _check(first: Path, config: Path | None, second: Path, options: ParityOptions) -> None:
     """Check all options before anything is read. Raises the errors of loading."""
     with lasting_imports():
-        from neounify.checkpoint import CheckpointFolder, choose_dtype
+        from neounify.checkpoint import CheckpointFolder
         from neounify.checkpoint.load import check_backend_used
-        from neounify.cli.checks import check_device
+        from neounify.checkpoint.quantised_layers import kept_formats
 
-    choose_dtype(options.dtype, CheckpointFolder.open(first, config), "cpu")
-    check_device(options.device)
-    check_backend_used(CheckpointFolder.open(second, config), None, options.backend)
+    a, b = (CheckpointFolder.open(path, config) for path in (first, second))
+    check_backend_used(b, None, options.backend)
+    comparison_device(a, kept_formats(b).values(), options)
+
+
+def comparison_device(
+    first: CheckpointFolder, formats: Iterable[WeightFormat], options: ParityOptions
+) -> torch.device:
+    """The device on which `first` is compared with a model of codes in `formats`.
+
+    The one that is named, else a GPU that can hold the codes of both, else the CPU. Raises
+    RequestError for a device, dtype or backend that cannot be used.
+    """
+    import torch
+
+    from neounify.checkpoint import choose_dtype, resolve_device
+    from neounify.checkpoint.dtypes import check_dtype
+    from neounify.checkpoint.quantised_layers import kept_formats
+    from neounify.quant.backends import ANY_SHAPE, DECODED, check_held, choose_backend
+
+    device = resolve_device(options.device or default_device())
+    theirs = [] if options.backend == DECODED else list(formats)
+    try:
+        for format in (*kept_formats(first).values(), *theirs):
+            check_held(format, device)
+    except RequestError:
+        if options.device is not None:
+            raise
+        device = torch.device("cpu")
+    check_dtype(choose_dtype(options.dtype, first, device.type).dtype, device)
+    for format in theirs:
+        choose_backend(options.backend, format, ANY_SHAPE, device)
+    return device
 
 
 def write_parity(
@@ -113,7 +150,8 @@ def write_parity(
 ) -> None:
     """Compare two models and write the report. Raises the errors of loading."""
     with lasting_imports():
-        from neounify.checkpoint import CheckpointFolder, resolve_device
+        from neounify.checkpoint import CheckpointFolder
+        from neounify.checkpoint.quantised_layers import kept_formats
         from neounify.evaluate.parity import weight_errors
         from neounify.pipeline import load
 
@@ -122,7 +160,9 @@ def write_parity(
     number = len(checkpoints[0].tensors)
     with display.bar("comparing weights", total=number, unit="weight") as tick:
         weights, formats = weight_errors(checkpoints[0], checkpoints[1], tick)
-    device = resolve_device(options.device or default_device())
+    device = comparison_device(checkpoints[0], kept_formats(checkpoints[1]).values(), options)
+    if options.device is None and device.type != default_device():
+        display.note(f"compared on the CPU: {default_device()} cannot hold codes of these weights")
     with display.bar("loading both models"):
         a = load(first, config=config, dtype=options.dtype, device=device)
         dtype = a.model.compute_dtype
@@ -187,9 +227,21 @@ def _compare(
     return Parity(weights, formats, logits, clean, tokens, values, bench), sheet
 
 
+def scene_tasks(config: ModelConfig) -> tuple[str, ...]:
+    """What SceneBench asks a model: none for one that does not know scenes or cannot paint them."""
+    from neounify.scenes.world import scene_config
+
+    if config.vocab_size >= SCENE_VOCABULARY or scene_config("default").side % config.token_size:
+        return ()
+    painted = ("paint",) if "generate" in config.capabilities else ()
+    asked = ("vqa",) if config.lm_head and "chat" in config.capabilities else ()
+    return painted + asked
+
+
 def _bench(a: Pipeline, b: Pipeline, cases: int, display: Display) -> dict[str, tuple[Rate, Rate]]:
     """SceneBench rates of both by category, and of all together, where the model knows scenes."""
-    if not cases or a.config.vocab_size >= SCENE_VOCABULARY:
+    tasks = scene_tasks(a.config)
+    if not cases or not tasks:
         return {}
     from neounify.evaluate.metrics import Rate
     from neounify.scenes.bench import measure
@@ -197,7 +249,7 @@ def _bench(a: Pipeline, b: Pipeline, cases: int, display: Display) -> dict[str, 
     scores: list[dict[str, Rate]] = []
     for number, pipe in enumerate((a, b), start=1):
         with display.bar(f"SceneBench of model {number}"):
-            findings = measure(pipe, tasks=("paint", "vqa"), cases_per_category=cases)
+            findings = measure(pipe, tasks=tasks, cases_per_category=cases)
         scores.append({score.category: score.strict for score in findings.report.scores})
     both = {name: (rate, scores[1][name]) for name, rate in scores[0].items()}
     sums = [

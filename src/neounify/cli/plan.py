@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -101,8 +101,8 @@ def plan(*, options: PlanOptions, training: TrainingOptions, report: ReportOptio
     """Print the memory and time that a model needs, and whether it fits.
 
     Only headers are read, nothing is loaded. Without --train, a table of the ways to keep the
-    weights of a model in memory; a mark stands at the one that --memory auto takes. With --train,
-    the memory of each stage of a recipe on every device. Exit code 1 if nothing fits.
+    weights of a model in memory; a mark stands at the first that fits. With --train, the memory of
+    each stage of a recipe on every device. Exit code 1 if nothing fits.
 
     \b
       neounify plan --preset 8b --gpu 24G --ram 32G
@@ -215,7 +215,7 @@ def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str
         from neounify.cli.models import resolve_model
 
         checkpoint = CheckpointFolder.open(resolve_model(options.model), options.config)
-        dtype = choose_dtype(None, checkpoint, "cpu" if _on_cpu(options) else "cuda").dtype
+        dtype = choose_dtype(None, checkpoint, _device_type(options)).dtype
         config, name = checkpoint.config, checkpoint.path.name
         kept = kept_weights(checkpoint, dtype)
         notes = _notes(checkpoint, dtype)
@@ -313,37 +313,36 @@ def _described(task: Task, config: ModelConfig) -> str:
 # --- the machine ---
 
 
-def _on_cpu(options: PlanOptions) -> bool:
+def _device_type(options: PlanOptions) -> str:
+    """The type of device that is planned for; a GPU that is named is of "cuda"."""
     from neounify.cli.models import default_device
 
-    return options.gpu == "none" or (options.gpu is None and default_device() == "cpu")
+    if options.gpu is None:
+        return default_device()
+    return "cpu" if options.gpu == "none" else "cuda"
 
 
 def _machine(options: PlanOptions) -> tuple[Machine, str]:
     """The machine of the options, and its description; this one where they name none."""
     import torch
 
+    from neounify.runtime.devices import abilities
+    from neounify.runtime.plan import free_memory
     from neounify.runtime.process import available_bytes
-    from neounify.runtime.rates import (
-        CARDS,
-        Machine,
-        known_rates,
-        probe,
-        rates_of_size,
-        this_machine,
-    )
+    from neounify.runtime.rates import CARDS, Machine, rates_here, rates_of_size, this_machine
 
-    ram = None if options.ram is None else _gibibytes("--ram", options.ram)
-    host = ram or available_bytes() or 0
+    host = available_bytes() if options.ram is None else _gibibytes("--ram", options.ram)
+    if host is None:
+        raise UsageError("this system does not say how much memory is free: name it with --ram")
     memory = f"{host / 2**30:.0f} GB memory"
-    if _on_cpu(options):
-        rates = probe(torch.device("cpu"), torch.float32)
-        machine = Machine(device=host, host=host, rates=rates, unified=True)
-        return machine, f"CPU, {memory}"
-    if options.gpu is None:
-        device = torch.device("cuda")
-        rates = known_rates(device) or probe(device, torch.bfloat16)
-        machine = replace(this_machine(device, rates), host=host)
+    device = torch.device(_device_type(options))
+    if options.gpu in (None, "none"):
+        if not abilities(device).unified and free_memory(device) is None:
+            raise UsageError(f"{device} does not say how much memory is free: name it with --gpu")
+        if device.type == "cpu":
+            machine = this_machine(device, rates_here(device, torch.float32), host)
+            return machine, f"CPU, {memory}"
+        machine = this_machine(device, rates_here(device, torch.bfloat16), host)
         return machine, f"{machine.rates.name} {machine.device / 2**30:.0f} GB free · {memory}"
     if options.gpu in CARDS:
         size, rates = CARDS[options.gpu]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,8 @@ from neounify.cli.display import Display
 from neounify.cli.files import check_new_folder
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, ConfigFolder, OverwriteOptions, ReportOptions, option
-from neounify.cli.parity import ParityOptions, write_parity
+from neounify.cli.parity import ParityOptions, comparison_device, write_parity
+from neounify.errors import RequestError
 from neounify.runtime import lasting_imports
 
 
@@ -62,10 +63,40 @@ def quantise(
         raise CliError(f"{output} is the model itself; write to another folder")
     display = Display(quiet=report.quiet, json=report.json)
     shard = parse_bytes(max_shard_size)
+    if parity:
+        _check_parity(folder, config, to.lower(), options)
     _write(folder, config, output, to.lower(), shard, overwrite.overwrite, display)
     print_saved(output, display)
     if parity:
         write_parity(folder, config, output, options, output / "parity", display)
+
+
+def _check_parity(folder: Path, config: Path | None, preset: str, options: ParityOptions) -> None:
+    """Check the options of the comparison with what will be written. Raises RequestError."""
+    with lasting_imports():
+        from neounify.checkpoint import CheckpointFolder, expected_shapes
+        from neounify.checkpoint.gguf_save import GGUF_PRESETS, block_formats
+        from neounify.checkpoint.load import check_quantised
+        from neounify.quant.backends import AUTO, DECODED
+        from neounify.quant.formats import WeightFormat
+        from neounify.quant.presets import preset_formats
+
+    checkpoint = CheckpointFolder.open(folder, config)
+    shapes = expected_shapes(checkpoint.config)
+    formats: Collection[WeightFormat]
+    if preset in GGUF_PRESETS:
+        formats = block_formats(preset, shapes)
+    else:
+        sizes = {name: tuple(shape) for name, shape in shapes.items()}
+        formats = preset_formats(preset, sizes, checkpoint.config.num_layers).values()
+    check_quantised(None, options.backend)
+    if not formats and options.backend not in (AUTO, DECODED):
+        raise RequestError(
+            f"backend {options.backend!r} is one of quantised weights, and {preset} makes none: "
+            "leave it out",
+            param="backend",
+        )
+    comparison_device(checkpoint, formats, options)
 
 
 def _write(

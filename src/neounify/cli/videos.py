@@ -85,12 +85,9 @@ def read_clips(
     videos = []
     for path in paths:
         frames, clip = read_file(path, config, options.fps, options.max_frames, tubes=options.tubes)
-        sound = "; its sound is not heard" if clip.has_sound else ""
         count = len(frames.images)
         if display is not None:
-            display.note(
-                f"({path.name}: {count} of {clip.frames} frames, {clip.seconds:.1f} s{sound})"
-            )
+            display.note(f"({path.name}: {count} of {clip.frames} frames, {clip.seconds:.1f} s)")
         videos.append(frames)
     return videos
 

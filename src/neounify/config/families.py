@@ -1,7 +1,7 @@
 """Families of checkpoints as data: what their published configs leave unsaid.
 
-A family is a profile here, a table of tensor names (`checkpoint/names.py`), a template
-(`text/template.py`) and perhaps a head (`model/`). Layers, flow and pipeline read fields of the
+A family is an entry here, a table of tensor names (`checkpoint/names.py`), a template
+(`text/forms.py`) and perhaps a head (`model/`). Layers, flow and pipeline read fields of the
 config and never its family.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from neounify.config.model import (
     CheckpointDefaults,
@@ -17,14 +17,25 @@ from neounify.config.model import (
     VideoConfig,
     VideoDefaults,
 )
+from neounify.errors import ConfigError
+
+ConfigForm = Literal["neo_chat", "qwen3"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Name in messages, and the fields of ModelConfig that all checkpoints of a family share."""
+    """What all checkpoints of a family share."""
 
     title: str
+    """Name in messages."""
     profile: Mapping[str, Any]
+    """Fields of ModelConfig."""
+    config_form: ConfigForm = "neo_chat"
+    """The `model_type` of its config.json: its own, or that of the model it began with."""
+    base: str = ""
+    """Model whose config.json and tokenizer published folders need; "": they have their own."""
+    finished_file: str = ""
+    """Empty file that its trainer writes into a folder last, and its loader needs; "": none."""
 
 
 SENSENOVA_U1 = "sensenova-u1"
@@ -68,12 +79,22 @@ FAMILIES: Mapping[str, Family] = {
                 guidance=3.5,
                 shift=3.0,
                 solver="dpm2m",
-                video=VideoDefaults(),
+                video=VideoDefaults(dpm_steps=50),
             ),
         },
+        config_form="qwen3",
+        base="Qwen3-8B",
+        finished_file="__SAVE_COMPLETE",
     ),
 }
 """Families by the name that `ModelConfig.family` has."""
+
+
+def family_named(name: str) -> Family:
+    """The family of a name. Raises ConfigError."""
+    if name not in FAMILIES:
+        raise ConfigError(f"neounify.family {name!r} is unknown: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def title_of(family: str) -> str:

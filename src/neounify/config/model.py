@@ -107,6 +107,8 @@ class VideoDefaults:
     """Frames per second of a generated video."""
     steps: int = 35
     """Denoising steps of a video, 1 to MAX_STEPS."""
+    dpm_steps: int = 0
+    """Denoising steps of a video by the solver dpm2m, 0 to MAX_STEPS; 0: `steps`."""
     guidance: float = 6.0
     """Guidance scale of the prompt of a video, 0 to MAX_GUIDANCE; 0 to 1 is none."""
     shift: float = 10.0
@@ -139,6 +141,8 @@ class VideoDefaults:
         for name in ("steps", "shift", "guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"video.{error}")
+        error = range_error("steps", self.dpm_steps) if self.dpm_steps else None
+        require(error is None, f"video.dpm_{error}")
         require_one_of("video.solver", self.solver, SolverName)
 
 
@@ -193,13 +197,17 @@ class CheckpointDefaults:
             require(error is None, f"sampling.{error}")
         require_one_of("sampling.solver", self.solver, SolverName)
 
-    def of_video(self) -> CheckpointDefaults:
-        """The same defaults with those of videos in place of images'."""
+    def of_video(self, solver: SolverName | None = None) -> CheckpointDefaults:
+        """The same defaults with those of videos in place of images'.
+
+        `solver` is the one a request names, which may have other steps.
+        """
         video = self.video
+        dpm_steps = video.dpm_steps if (solver or video.solver) == "dpm2m" else 0
         return dataclasses.replace(
             self,
             image_size=video.size,
-            steps=video.steps,
+            steps=dpm_steps or video.steps,
             guidance=video.guidance,
             shift=video.shift,
             solver=video.solver,

@@ -14,7 +14,6 @@ from neounify.data.sample import ClipFile, DataError, Part, Sample, SampleClip
 from neounify.errors import VideoError
 from neounify.pipeline.videos import RESERVE, frame_choice, frames_before, read_shown
 from neounify.video.choice import FrameChoice
-from neounify.video.decode import VideoLimits
 from neounify.video.read import name_of, read_video
 
 
@@ -75,9 +74,7 @@ def _target(part: ClipFile, config: ModelConfig, area: int) -> SampleClip:
         multiple=tube_frames(config),
         cut=reading.target_frames is not None,
     )
-    limits = VideoLimits()
-    bound = min(RESERVE * area, limits.output_pixels // most)
-    video = read_video(part.file, choice, limits=limits, frame_pixels=max(1, bound))
+    video = read_video(part.file, choice, frame_pixels=RESERVE * area)
     return SampleClip(video.images, part.role, fps=fps)
 
 

@@ -35,7 +35,7 @@ from neounify.data.sample import (
     Turn,
 )
 from neounify.text import IMAGE_MARK, Role
-from neounify.text.clips import VIDEO_MARK
+from neounify.text.forms import VIDEO_MARK
 
 PUBLISHED = "conversations"
 """The form of records in the published schema."""

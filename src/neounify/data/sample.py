@@ -22,7 +22,7 @@ from neounify.config.ranges import STRICT, Count, Positive
 from neounify.errors import NeounifyError
 from neounify.files import is_unicode
 from neounify.text import IMAGE_MARK, Role
-from neounify.text.clips import VIDEO_MARK
+from neounify.text.forms import VIDEO_MARK
 
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
 TASKS = (

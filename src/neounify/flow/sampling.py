@@ -345,10 +345,10 @@ class ImageSampling:
         """The values to sample with: those named here, else the checkpoint's.
 
         `editing`: whether there are input images, whose guidance follows another formula. `video`:
-        whether a clip is sampled, which has other defaults. Raises RequestError for what edits do
-        not have.
+        whether a clip is sampled, which has other defaults, by solver. Raises RequestError for what
+        edits do not have.
         """
-        defaults = config.sampling.of_video() if video else config.sampling
+        defaults = config.sampling.of_video(self.solver) if video else config.sampling
         return self._resolve(defaults, config.flow, editing=editing)
 
     def _resolve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -93,12 +93,16 @@ class Driver:
         model: NeoUnify,
         residency: Residency | None,
         plan: ExecutionPlan,
+        peaks: Callable[[], str],
         cancel: threading.Event | None = None,
         devices: DeviceGroup | None = None,
     ) -> None:
-        """`devices` are those that the model is spread over, None for one."""
+        """`peaks` says for errors of memory what the plan predicted, and what the peak is.
+
+        `devices` are those that the model is spread over, None for one.
+        """
         self._model, self._residency, self._plan = model, residency, plan
-        self._cancel, self._devices = cancel, devices
+        self._cancel, self._devices, self._peaks = cancel, devices, peaks
         self._transport: Transport = LocalTransport() if devices is None else devices.transport
         self._understanding: UnderstandingEngine | LedEngine
         self._generation: GenerationEngine | LedEngine
@@ -143,9 +147,7 @@ class Driver:
                 self._step(resident)
 
     def _with_peaks(self, error: OutOfMemory) -> OutOfMemory:
-        from neounify.checkpoint.fit import peaks
-
-        return OutOfMemory(f"{error}; {peaks(self._model, self._residency)}")
+        return OutOfMemory(f"{error}; {self._peaks()}")
 
     def _step(self, resident: _ResidentStream) -> None:
         if self._understanding.busy:

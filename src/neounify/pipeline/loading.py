@@ -183,6 +183,7 @@ def load_rank(
         verify=options.verify,
         quantise=options.quantise,
         backend=options.backend,
+        attention=options.attention,
         shares=parts,
         before=check_attention,
     )
@@ -204,6 +205,7 @@ def load_rank(
         loaded_dtype=loaded.dtype,
         attention=options.attention,
         colour_profiles=options.colour_profiles,
+        kept=loaded.kept,
     )
 
 

@@ -38,6 +38,7 @@ from neounify.pipeline.results import (
     run_images,
     run_interleaved,
 )
+from neounify.runtime.memory_rows import Kept
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 from neounify.tasks.chat import (
     ChatKnobs,
@@ -82,8 +83,12 @@ class Pipeline:
         colour_profiles: bool = True,
         loaded_dtype: DtypeChoice | None = None,
         attention: str = "auto",
+        kept: Callable[[], Kept] | None = None,
     ) -> None:
-        """`system_message` begins the prompts of images; None is the package default."""
+        """`system_message` begins the prompts of images; None is the package default.
+
+        `kept` counts the weights for errors of memory; None is for plain ones.
+        """
         if tokenizer.vocab_size > model.config.vocab_size:
             raise RequestError(
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the model embeds "
@@ -92,7 +97,7 @@ class Pipeline:
         self.model = model
         self.processor = Processor(model.config, tokenizer, system_message, model.compute_dtype)
         self._residency = None if isinstance(residency, NullResidency) else residency
-        self._fingerprint = fingerprint
+        self._fingerprint, self._kept = fingerprint, kept
         self.loaded_dtype = loaded_dtype
         """The dtype of the weights and the reason for it; None for a model that was not loaded."""
         self.colour_profiles = colour_profiles
@@ -478,7 +483,13 @@ class Pipeline:
         return run_images(self._driver(cancel), self.processor, requests, callback)
 
     def _driver(self, cancel: threading.Event | None) -> Driver:
-        return Driver(self.model, self._residency, self._plan, cancel, self.devices)
+        return Driver(self.model, self._residency, self._plan, self._peaks, cancel, self.devices)
+
+    def _peaks(self) -> str:
+        from neounify.checkpoint.fit import peaks
+
+        kept = None if self._kept is None else self._kept()
+        return peaks(self.model, self._residency, kept, attention=self.attention)
 
 
 def _warn_untrained(config: ModelConfig, width: int, height: int) -> None:

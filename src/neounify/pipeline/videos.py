@@ -5,6 +5,7 @@ Questions are about clips, and clips are continued: their frames are the `condit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -20,8 +21,9 @@ from neounify.tasks.video import in_tubes
 from neounify.video.choice import FrameChoice, Timeline
 from neounify.video.clip import Video
 from neounify.video.decode import Clip, VideoLimits
-from neounify.video.read import ReadVideo, VideoSource, read_video
+from neounify.video.read import ReadVideo, VideoSource, name_of, read_video
 
+log = logging.getLogger("neounify")
 VideoInput = VideoSource | Video | Frames
 """A path, the bytes of a file, a clip, or frames that were read of one."""
 ConditionInput = VideoSource | Video | Sequence[ImageSource]
@@ -95,12 +97,14 @@ def read_file(
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
 ) -> tuple[Frames, Clip]:
-    """Frames of a file, and what the file holds. Raises VideoError.
+    """Frames of a file, and what the file holds; its sound is not heard, which is logged.
 
-    Larger frames are reduced to `reserve` times the area that the model sees.
+    Larger frames are reduced to `reserve` times the area that the model sees. Raises VideoError.
     """
     choice = frame_choice(config, fps, max_frames, tubes)
     video = read_shown(source, config, choice, limits=limits, reserve=reserve)
+    if video.clip.has_sound:
+        log.warning("%s: its sound is not heard", name_of(source))
     return _seen(config, video.images, video.times, video.clip.in_tubes), video.clip
 
 
@@ -178,9 +182,8 @@ def read_shown(
     reserve: int = RESERVE,
 ) -> ReadVideo:
     """The chosen frames of a file, for a model to look at. Raises VideoError."""
-    limits = limits or VideoLimits()
-    area = min(reserve * frame_bounds(config, 1)[1], limits.output_pixels // choice.max_frames)
-    return read_video(source, choice, limits=limits, frame_pixels=max(1, area))
+    area = reserve * frame_bounds(config, 1)[1]
+    return read_video(source, choice, limits=limits, frame_pixels=area)
 
 
 def _timeline_of(video: Video) -> Timeline:

@@ -4,13 +4,13 @@
 |---|---|---|
 | reference | every format and device | float, of slices of rows that are dequantised for the call |
 | torch | int8 on a CPU | `_weight_int8pack_mm` for few rows of x, else as reference |
-| | int8 and 4 bits on a GPU | `w8a8` |
+| | int8 and 4 bits on a GPU | as `w8a8` for many rows of x, else as reference |
 | | fp8 | `scaled_mm`: x in fp8 too, with a scale per row |
 | w8a8 | int8 and 4 bits | `_int_mm`: x in int8 too, with a scale per row; exact in int32 |
 | comfy-kitchen | int8 and 4 bits on a GPU | the kernels of that package, as w8a8 |
 
-A row of x gives the same bits whatever rows are beside it, but that `torch` on a CPU computes up to
-`FEW_ROWS` rows in another way than more.
+A row of x gives the same bits whatever rows are beside it, but that `torch` computes few rows in
+another way than more: up to `FEW_ROWS` on a CPU, fewer than `W8A8_ROWS` on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from neounify.errors import RequestError
-from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, WeightFormat, rows_of
+from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, Shape, WeightFormat, rows_of
 from neounify.quant.fp8 import quantise_fp8
 from neounify.quant.int8 import quantise_int8
 from neounify.quant.rotation import rotate_groups
@@ -49,12 +49,18 @@ SLICE_ELEMENTS = 2**18
 """Elements dequantised at a time on a CPU, 1 MB in float32, which stay in its cache."""
 DEVICE_SLICE_ELEMENTS = 2**21
 """The same on other devices: with all intermediate results at most 64 MB."""
+SLICE_UNIT = 16
+"""Rows of slices there are a multiple of this, as operators want them."""
 INT8PACK_CHANNELS = 16
 """`_weight_int8pack_mm` reads past the end of rows that are no multiple of this."""
 ANY_SHAPE = (256, 256)
 """A shape that every format has."""
 INT_MM_ROWS = 32
 """`_int_mm` on a GPU wants more than 16 rows."""
+W8A8_ROWS = 96
+"""Rows from which `torch` rounds x to int8 on a GPU; for fewer, only weights are in 8 bits."""
+UNITS = {"_int_mm": 8, "scaled_mm": 16}
+"""Rows and columns of weights that an operator takes on a GPU: multiples of so many."""
 
 
 class Backend(NamedTuple):
@@ -78,13 +84,13 @@ def check_backend(name: str) -> None:
         )
 
 
-def choose_backend(name: str, format: WeightFormat, columns: int, device: torch.device) -> Backend:
-    """The backend of a layer whose weight has `columns` channels; "auto" is the best one here.
+def choose_backend(name: str, format: WeightFormat, shape: Shape, device: torch.device) -> Backend:
+    """The backend of a layer with a weight [N, K] of this shape; "auto" is the best one here.
 
-    A backend that does not serve a format falls back to the reference, layer by layer, so that a
-    name serves models of several formats; so do fp8 products on a device that has none beside those
-    of int8. Raises RequestError for an unknown name, for comfy-kitchen where it is not installed,
-    and for a name that has no products on the device at all.
+    A backend that does not serve a format or a shape falls back to the reference, layer by layer,
+    so that a name serves models of several formats; so do fp8 products on a device that has none
+    beside those of int8. Raises RequestError for an unknown name, for comfy-kitchen where it is not
+    installed, and for a name that has no products on the device at all.
     """
     check_backend(name)
     if name == "comfy-kitchen" and not has_kitchen():
@@ -99,11 +105,15 @@ def choose_backend(name: str, format: WeightFormat, columns: int, device: torch.
     if eights and on_gpu and (name == "comfy-kitchen" or (name == AUTO and has_kitchen())):
         return Backend("comfy-kitchen", "comfy-kitchen", kitchen)
     by_torch = name == "torch" or (name == AUTO and on_gpu)
-    if eights and here.int8_products and (name == "w8a8" or (on_gpu and by_torch)):
-        return Backend("w8a8" if name == "w8a8" else "torch", "_int_mm", w8a8)
-    if isinstance(format, Fp8Rows) and by_torch and here.float8_products:
+    fits = {op: not on_gpu or all(n % unit == 0 for n in shape) for op, unit in UNITS.items()}
+    if eights and here.int8_products and fits["_int_mm"]:
+        if name == "w8a8":
+            return Backend("w8a8", "_int_mm", w8a8)
+        if on_gpu and by_torch:
+            return Backend("torch", "_int_mm", int_mm)
+    if isinstance(format, Fp8Rows) and by_torch and here.float8_products and fits["scaled_mm"]:
         return Backend("torch", "scaled_mm", scaled)
-    packs = isinstance(format, Int8Rows) and columns % INT8PACK_CHANNELS == 0
+    packs = isinstance(format, Int8Rows) and shape[1] % INT8PACK_CHANNELS == 0
     if packs and device.type == "cpu" and name in (AUTO, "torch"):
         return Backend("torch", "_weight_int8pack_mm", int8pack)
     return Backend("reference", "reference", reference)
@@ -165,6 +175,11 @@ def int8pack(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"
     ones = layer.ones(torch.bfloat16)
     y = torch._weight_int8pack_mm(rows.bfloat16(), tensors["weight"], ones)
     return _finish(layer, y * tensors["weight_scale"].squeeze(1), x.dtype)
+
+
+def int_mm(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """`w8a8` for rows enough to pay for it; fewer as they are, times decoded weights."""
+    return (w8a8 if x.shape[0] >= W8A8_ROWS else reference)(layer, x)
 
 
 def w8a8(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
@@ -237,6 +252,8 @@ def _slices(layer: QuantLinear) -> Iterator[dict[str, Tensor]]:
     if tensors["weight"].device.type == "cpu":
         elements = SLICE_ELEMENTS
     step = max(1, elements // layer.in_features)
+    if tensors["weight"].device.type != "cpu":
+        step = max(SLICE_UNIT, step // SLICE_UNIT * SLICE_UNIT)
     for start in range(0, layer.out_features, step):
         yield rows_of(tensors, slice(start, start + step))
 

@@ -187,4 +187,5 @@ def decode(format: WeightFormat, tensors: Tensors) -> Float[Tensor, "n k"]:
 
 
 def _rotation(group: int) -> dict[str, Any]:
-    return {"convrot": True, "convrot_groupsize": group} if group > 1 else {}
+    # Said without a rotation too: readers take a format that does not say for one or the other.
+    return {"convrot": True, "convrot_groupsize": group} if group > 1 else {"convrot": False}

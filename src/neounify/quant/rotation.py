@@ -36,8 +36,8 @@ def hadamard(size: int, device: torch.device) -> Float[Tensor, "size size"]:
     """H of `size` = 4^n channels, float32."""
     # The cached matrix must serve training too, whatever mode the first caller is in.
     with torch.inference_mode(False):
-        four = torch.full((4, 4), 0.5, device=device)
-        four[range(4), range(3, -1, -1)] = -0.5
+        # Made on the device: an upload of indices would have the host wait for it.
+        four = 0.5 - torch.eye(4, device=device).flip(1)
         matrix = torch.ones(1, 1, device=device)
         while matrix.shape[0] < size:
             matrix = torch.kron(matrix, four)

@@ -101,8 +101,16 @@ def described(names: Iterable[str], quantised: Mapping[str, StoredCodes]) -> set
 
 
 def description_tensor(format: PublishedFormat) -> Tensor:
-    """The tensor `comfy_quant` of a module: UTF-8 JSON that names the format."""
+    """The tensor `comfy_quant` of a module: UTF-8 JSON that names the format.
+
+    Raises CheckpointError where kept keys make it longer than `MAX_DESCRIPTION`, which is not read.
+    """
     text = json.dumps(format.describe(), separators=(",", ":")).encode()
+    if len(text) > MAX_DESCRIPTION:
+        raise CheckpointError(
+            f"the description of a weight in {format.name} has {len(text):,} bytes with the keys "
+            f"{', '.join(format.extra)[:200]}; at most {MAX_DESCRIPTION:,} can be written"
+        )
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
@@ -183,6 +191,11 @@ class _Module:
         if format == Int8Rows.name:
             group = self._group(columns, default=False)
             return StoredCodes(Int8Rows(group, self._extra()), (rows, columns), scale)
+        if self._group(columns, default=False) > 1:
+            raise CheckpointError(
+                f"{self.path}: convrot of {self.name!r} is true, but weights in {format} are not "
+                f"rotated, only those in {Int8Rows.name} and {FourBits.name}"
+            )
         return StoredCodes(Fp8Rows(self._extra()), (rows, columns), scale)
 
     def _format(self) -> str:

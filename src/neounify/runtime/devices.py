@@ -70,6 +70,11 @@ class Abilities:
         """Whether layers can come one by one: from mapped files, or by streams of copies."""
         return self.type in ("cpu", "cuda")
 
+    @property
+    def unified(self) -> bool:
+        """Whether it computes in the host's memory."""
+        return self.type in ("cpu", "mps")
+
 
 @functools.cache
 def abilities(device: torch.device) -> Abilities:

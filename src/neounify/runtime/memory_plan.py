@@ -12,7 +12,7 @@ plus 0.5 GB (context). On the CPU weights are used where the file is mapped: one
 there besides the r, nothing is locked, the embedding is there too, and the process takes PROCESS.
 
 A is the working memory of the largest call: its rows (`runtime.plan.row_bytes`), keys and values
-of the prefixes, copies of them where images are small, and 24 bytes a value of float32 state.
+of the prefixes, copies of them where attention makes some, and 24 bytes a value of float32 state.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PIECE_BYTES, PIECES = 2**26, 7
 """Bytes of a clip's point that moves at once, and tensors of that size that it takes to
 move; glibc gives blocks above 32 MiB back, while smaller ones leave holes."""
 COPIED_TOKENS = 512
-"""Images that see at most so many tokens, themselves included, share a copy of their prefixes."""
+"""Tokens up to which images share a copy of their prefixes with attention "sdpa", the default."""
 PROMPT_TOKENS = 256
 """Tokens of a prompt with its system message, where none is given."""
 SCALE_BYTES = 4
@@ -196,7 +196,9 @@ class Task:
 
     `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
     every branch, `think` tokens are written before the image (or, in a chat, the answer).
-    `step_cache`: residuals of the layers are kept between steps.
+    `step_cache`: residuals of the layers are kept between steps. `copied_tokens`: images that see
+    at most so many tokens, themselves included, have their prefixes copied, by the rule of the
+    attention backend (`neounify.attention.copied_tokens`).
     """
 
     kind: TaskKind = "t2i"
@@ -212,6 +214,7 @@ class Task:
     jobs: int = 1
     frames: int = 0
     tubes: bool = False
+    copied_tokens: int = COPIED_TOKENS
 
     @property
     def paints(self) -> bool:
@@ -239,11 +242,26 @@ class Task:
 
 
 def default_task(config: ModelConfig) -> Task:
-    """One image of the checkpoint's default size, steps and guidance."""
-    sampling = config.sampling
+    """One image of the checkpoint's default size, steps and guidance, or its default clip.
+
+    The clip where the model generates clips, and one works with more memory than an image.
+    """
+    sampling, video = config.sampling, config.sampling.video
     width, height = sampling.image_size
     branches = 2 if sampling.guidance > 1 else 1
-    return Task(width=width, height=height, steps=sampling.steps, branches=branches)
+    image = Task(width=width, height=height, steps=sampling.steps, branches=branches)
+    if "generate_video" not in config.capabilities:
+        return image
+    width, height = video.size
+    clip = Task(
+        kind="t2v",
+        width=width,
+        height=height,
+        frames=video.frames,
+        steps=video.steps,
+        branches=2 if video.guidance > 1 else 1,
+    )
+    return max(image, clip, key=lambda task: denoise_bytes(config, task, 4))
 
 
 def state_bytes(config: ModelConfig, tokens: int, *, clip: bool = False) -> int:
@@ -277,7 +295,7 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = U
     moved = values + PIECES * min(values, PIECE_BYTES) if clip else 0
     rows = max(together * n * row, together * n * head + moved) + waiting
     keys = task.branches * task.prefix
-    if n + task.prefix <= COPIED_TOKENS:
+    if n + task.prefix <= task.copied_tokens:
         keys += runs * (n + task.prefix)
     state = task.jobs * state_bytes(config, n, clip=clip)
     return rows + state + runs * cached + keys * config.kv_bytes(itemsize)

@@ -187,6 +187,11 @@ def _timed(row: PlanRow, config: ModelConfig, kept: Kept, task: Task, machine: M
     return replace(row, step=step, image=image, text=text)
 
 
+def machine_modes(machine: Machine) -> tuple[Mode, ...]:
+    """The modes that a machine serves, in the order in which `auto` tries them."""
+    return tuple(mode for mode in MODES if mode != "layers" or machine.by_layers)
+
+
 def plan_rows(
     config: ModelConfig, kept: Sequence[Kept], task: Task, machine: Machine
 ) -> list[PlanRow]:
@@ -197,9 +202,11 @@ def plan_rows(
     rows = []
     for form in kept:
         working = working_bytes(config, task, form.itemsize, least_prefill_rows(task))
-        most = fitting_layers(form.weights, working, machine.device, unified=machine.unified)
+        most = None
+        if machine.by_layers:
+            most = fitting_layers(form.weights, working, machine.device, unified=machine.unified)
         none: dict[StreamName, int] = dict.fromkeys(task.streams, 0)
-        for mode in MODES:
+        for mode in machine_modes(machine):
             rows.append(plan_row(config, form, task, machine, mode, none))
         if most is not None and rows[-2].fits is False and most != none:
             rows.append(plan_row(config, form, task, machine, "layers", most))

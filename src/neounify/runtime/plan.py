@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from neounify.config import ModelConfig
 from neounify.config.model import require
+from neounify.runtime.devices import abilities
 from neounify.runtime.process import available_bytes
 
 if TYPE_CHECKING:
@@ -137,13 +138,19 @@ def free_memory(device: torch.device) -> int | None:
     """Free memory of a device in bytes; None where it is not reported."""
     import torch
 
-    if device.type in ("cuda", "xpu"):
-        module = torch.cuda if device.type == "cuda" else torch.xpu
-        # Memory that torch holds without using it is free for tensors.
-        reserved = module.memory_reserved(device) - module.memory_allocated(device)
-        return module.mem_get_info(device)[0] + reserved
-    # The memory of mps is the host's.
-    return available_bytes() if device.type in ("cpu", "mps") else None
+    if abilities(device).unified:
+        return available_bytes()
+    if device.type not in ("cuda", "xpu"):
+        return None
+    module = torch.cuda if device.type == "cuda" else torch.xpu
+    try:
+        free = module.mem_get_info(device)[0]
+    except RuntimeError:
+        if device.type == "cuda":
+            raise
+        return None  # drivers of xpu that cannot be asked
+    # Memory that torch reserves without using it is free for tensors.
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def half_of(free_bytes: int) -> int:

@@ -6,8 +6,10 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import resource
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,10 @@ LARGEST_MMAP_THRESHOLD = 32 * 2**20
 MEMORY_INFO, CONTROL_GROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 """Files of the system about memory: of the machine, and of control groups and who is in them."""
+VM_STAT = Path("/usr/bin/vm_stat")
+"""The command of macOS that lists pages of memory by what they are used for."""
+AVAILABLE_PAGES = ("free", "speculative", "inactive")
+"""Those that can be taken without swapping, as psutil counts them."""
 
 SWITCH_SECONDS = 0.0005
 """Threads of one process take turns this often, instead of every 5 ms; see docs/log.md."""
@@ -144,15 +150,28 @@ def resident_bytes() -> int:
 def available_bytes() -> int | None:
     """Memory this process can still take without swapping, in bytes; None where unknown.
 
-    The smallest of what the system and its control groups have left. Pages of mapped files count
-    as available.
+    On Linux the smallest of what the system and its control groups have left, on macOS by
+    `vm_stat`. Pages of mapped files count as available.
     """
     try:
         line = next(x for x in MEMORY_INFO.read_text().splitlines() if x.startswith("MemAvailable"))
         available = int(line.split()[1]) * 1024
     except (OSError, ValueError, StopIteration):
-        return None
+        return _vm_stat_bytes()
     return max(0, min([available, *(group.left for group in control_groups())]))
+
+
+def _vm_stat_bytes() -> int | None:
+    """`available_bytes` of macOS; None where its command is not there or says something else."""
+    try:
+        done = subprocess.run([VM_STAT], check=True, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    size = re.search(r"page size of (\d+) bytes", done.stdout)
+    pages = dict(re.findall(r"^Pages (\w+): +(\d+)\.$", done.stdout, re.M))
+    if size is None or not pages.keys() >= set(AVAILABLE_PAGES):
+        return None
+    return int(size[1]) * sum(int(pages[kind]) for kind in AVAILABLE_PAGES)
 
 
 def memory_bytes() -> int:

@@ -1,6 +1,6 @@
 """Devices and hosts: their memory, and rates of products, copies and reading.
 
-Rates are those of a table of cards, or measured in 0.3 s where the device is there.
+Rates are measured in 0.3 s where the device is there, else those of a table of cards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neounify.errors import RequestError
+from neounify.errors import RequestError, is_out_of_memory
+from neounify.runtime.devices import abilities
+from neounify.runtime.plan import free_memory
 from neounify.runtime.process import available_bytes
 
 if TYPE_CHECKING:
@@ -44,13 +46,15 @@ class Rates:
 class Machine:
     """A device of `device` bytes and a host of `host` bytes, with their rates.
 
-    `unified`: the device computes in the host's memory (CPU), where mapped files are used in place.
+    `unified`: the device computes in the host's memory (CPU, mps). `by_layers`: whether layers can
+    come to it one by one.
     """
 
     device: float
     host: float
     rates: Rates
     unified: bool = False
+    by_layers: bool = True
 
 
 CARDS = {
@@ -73,6 +77,14 @@ CARDS = {
     ),
 }
 """GiB and sustained rates of cards; those of bandwidth are their makers'."""
+DEVICE_NAMES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA GeForce RTX 5090": "RTX 5090",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA GeForce RTX 3090": "RTX 3090",
+    "NVIDIA GeForce RTX 4070": "RTX 4070",
+}
+"""Cards of the table by the names that drivers give them; variants with more words are others."""
 
 
 UNKNOWN = Rates(name="unknown", products=1e12, copies=PAGE_CACHE, memory=1e10)
@@ -84,30 +96,46 @@ def rates_of_size(gibibytes: float) -> Rates:
     return min(CARDS.values(), key=lambda card: abs(card[0] - gibibytes))[1]
 
 
-def this_machine(device: torch.device, rates: Rates) -> Machine:
-    """What is free on a device of this machine and on its host.
+def this_machine(device: torch.device, rates: Rates, host: int | None = None) -> Machine:
+    """What is free on a device of this machine, and on its host: `host` bytes, if given.
 
     Raises RequestError where the system does not say how much memory is free.
     """
-    host = available_bytes()
-    if host is None:
-        raise RequestError("this system does not say how much memory is free: name it with --ram")
-    if device.type == "cuda":
-        import torch
+    here = abilities(device)
+    host = available_bytes() if host is None else host
+    free = host if here.unified else free_memory(device)
+    if host is None or free is None:
+        raise RequestError(
+            f"this system does not say how much memory is free for {device}, so nothing can be "
+            "planned; plan='ignore' (--plan ignore) loads without a plan",
+            param="plan",
+        )
+    return Machine(
+        device=free, host=host, rates=rates, unified=here.unified, by_layers=here.by_layers
+    )
 
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        return Machine(device=free, host=host, rates=rates)
-    return Machine(device=host, host=host, rates=rates, unified=True)
+
+def rates_here(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a device of this machine: measured, or of the table where its memory is too full.
+
+    Raises the error of memory for a device that is not in the table.
+    """
+    try:
+        return probe(device, dtype)
+    except Exception as error:
+        card = DEVICE_NAMES.get(_name(device))
+        if card is None or not is_out_of_memory(error):
+            raise
+        return CARDS[card][1]
 
 
-def known_rates(device: torch.device) -> Rates | None:
-    """Rates of the table for a device of this machine; None for one that is not in it."""
-    if device.type != "cuda":
-        return None
+def _name(device: torch.device) -> str:
+    """The name that the driver gives a GPU, else that of the device."""
     import torch
 
-    name = torch.cuda.get_device_name(device)
-    return next((rates for card, (_, rates) in CARDS.items() if card in name), None)
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name(device))
+    return str(device)
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -134,7 +162,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Rates:
         part = large[: pinned.numel()]
         copy = _per_second(lambda: part.copy_(pinned, non_blocking=True), wait, share)
         copies = pinned.numel() * copy
-    return Rates(name=str(device), products=products, copies=copies, memory=memory)
+    return Rates(name=_name(device), products=products, copies=copies, memory=memory)
 
 
 def _per_second(work: Callable[[], object], wait: Callable[[], None], seconds: float) -> float:

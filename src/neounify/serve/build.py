@@ -74,7 +74,12 @@ def build_service(config: ServeConfig) -> EngineService:
     if config.mode == "separate":
         return _separate(config)
     place = (config.folder, config.config, config.dtype, config.device)
-    weights = config.memory.of_load(*place, quantise=config.quantise, backend=config.backend)
+    weights = config.memory.of_load(
+        *place,
+        quantise=config.quantise,
+        backend=config.backend,
+        attention=config.engines.attention,
+    )
     pipe = load(
         config.folder,
         config=config.config,

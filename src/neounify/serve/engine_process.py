@@ -354,7 +354,11 @@ def _work(
     if group.size == 1:
         place = (config.folder, config.config, config.dtype, config.devices[0])
         weights = config.memory.of_load(
-            *place, config.role, quantise=config.quantise, backend=config.backend
+            *place,
+            config.role,
+            quantise=config.quantise,
+            backend=config.backend,
+            attention=config.engines.attention,
         )
     options = LoadOptions(
         folder=config.folder,

@@ -17,7 +17,8 @@ from neounify.checkpoint.load import (
     check_memory,
     resolve_device,
 )
-from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.reader import CheckpointFolder, files_ending
+from neounify.files import WEIGHT_FILES
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.parts import StreamName
 from neounify.runtime.memory_plan import state_bytes, step_cache_bytes
@@ -53,6 +54,7 @@ class EngineMemory:
         *,
         quantise: str | None = None,
         backend: str = "auto",
+        attention: str = "auto",
     ) -> dict[str, Any]:
         """Arguments of `load` for both engines, or for that of one stream.
 
@@ -74,6 +76,7 @@ class EngineMemory:
             self.memory,
             self.resident_layers,
             role=role,
+            attention=attention,
             ignore=self.plan == "ignore",
         )
         by_layers = fitted.memory == "layers"
@@ -86,7 +89,9 @@ class EngineMemory:
 
 def _is_small(folder: Path, device: torch.device) -> bool:
     """Whether the files of a checkpoint are so small that no plan is needed."""
-    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    files = [folder] if folder.is_file() else []
+    if folder.is_dir():
+        files = [file for ending in WEIGHT_FILES for file in files_ending(folder, ending)]
     size, free = sum(file.stat().st_size for file in files), free_memory(device)
     return free is None or SMALL * size + SPARE_BYTES < free
 

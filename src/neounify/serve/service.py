@@ -54,7 +54,7 @@ from neounify.tasks.program import (
     prefill_prefix,
     resume,
 )
-from neounify.text.template import TextSegment, image_prompt
+from neounify.text.template import image_prompt
 
 R = TypeVar("R")
 
@@ -67,6 +67,10 @@ class Service(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Config of the model."""
+
+    @property
+    def processor(self) -> Processor:
+        """What prepares the prompts of the model."""
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """RequestError if the limits can never admit all of these requests at the same time.
@@ -312,18 +316,13 @@ def _shared_prefix(processor: Processor) -> tuple[int, ...]:
     if not processor.system_message:
         return ()
     first, second = (
-        [
-            token
-            for segment in image_prompt(
-                processor.tokenizer,
-                text,
-                system=processor.system_message,
-                think=False,
-                template=processor.template,
-            ).segments
-            if isinstance(segment, TextSegment)
-            for token in segment.ids
-        ]
+        image_prompt(
+            processor.tokenizer,
+            text,
+            system=processor.system_message,
+            think=False,
+            template=processor.template,
+        ).ids([], 0)
         for text in ("a", "b")
     )
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))

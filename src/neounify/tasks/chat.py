@@ -26,6 +26,7 @@ from neounify.grammar import calls_grammar, json_grammar
 from neounify.image.io import ImageSource, read_image
 from neounify.tasks.answer import AnswerEvents, AnswerText, check_stop, decode_text
 from neounify.tasks.clips import Frames, clip_ranges, frame_bounds, place_videos
+from neounify.tasks.parts import read_parts, read_tool_calls
 from neounify.tasks.program import (
     NEXT,
     Compute,
@@ -38,8 +39,7 @@ from neounify.tasks.program import (
     pack_images,
     prompt_inputs,
 )
-from neounify.text.clips import VIDEO_MARK
-from neounify.text.forms import NEO, Template, marked
+from neounify.text.forms import NEO, VIDEO_MARK, Template, marked, unnumbered
 from neounify.text.template import (
     IMAGE_MARK,
     NO_MESSAGES,
@@ -51,7 +51,7 @@ from neounify.text.template import (
     place_images,
 )
 from neounify.text.tokens import END_OF_TEXT, IM_END
-from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
+from neounify.text.tools import Tool, ToolCallReader, ToolUse, read_tool
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 Images = list[PIL.Image.Image]
@@ -179,7 +179,7 @@ def make_chat_request(
     """Chat request from user input, checked. `sampling` are fields of TextSampling."""
     check_keywords("chat", sampling, TextKnobs)
     if videos or not isinstance(prompt, str) or VIDEO_MARK in prompt:
-        prompt = place_videos(prompt, videos, template)
+        prompt = place_videos(prompt, videos)
     messages, ordered = read_conversation(prompt, images, template, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
@@ -216,27 +216,28 @@ def read_conversation(
     `prompt` is a question, or a list of messages {"role", "content"}; a content is a text,
     where a user's has marks, or a list of {"type": "text", "text"}, {"type": "image", "image"} and
     {"type": "video", "video": Frames} parts. Images of `images` fill the marks of texts in order;
-    those left over go in front of the first user message. Raises PromptError, and ImageError for
-    parts that hold no image.
+    those left over go in front of the first user message. Where `template` numbers marks, numbers
+    count those of one message. Raises PromptError, and ImageError for parts that hold no image.
     """
     if isinstance(prompt, str):
         if not prompt.strip() and not images:
             raise PromptError(NO_PROMPT)
-        numbers: tuple[int, ...] = ()
-        if template.number_marks:
-            prompt, images, numbers = marked(prompt, images)
-        prompt = [Message("user", prompt, image_numbers=numbers)]
+        prompt = [{"role": "user", "content": prompt}]
     if not prompt:
         raise PromptError(NO_MESSAGES)
     messages: list[Message] = []
     ordered: list[PIL.Image.Image] = []
     used = 0
     for turn in prompt:
+        if isinstance(turn, Message) and turn.role == "user" and not turn.image_numbers:
+            turn = {"role": turn.role, "content": turn.text}
         if isinstance(turn, Message):
             messages.append(turn)
             marks, turn_images = turn.n_images, list(images[used : used + turn.n_images])
         else:
-            message, marks, turn_images = _read_message(turn, images[used:], colour_profiles)
+            message, marks, turn_images = _read_message(
+                turn, images[used:], template, len(ordered), colour_profiles
+            )
             messages.append(message)
         used += marks
         ordered += turn_images
@@ -245,7 +246,13 @@ def read_conversation(
             f"the text has {used} {IMAGE_MARK} marks for {len(images)} images; at most one mark "
             "for each"
         )
-    return _place_rest(messages, list(images[used:]), ordered, template.image_line)
+    rest = list(images[used:])
+    if rest and any(message.image_numbers for message in messages):
+        raise PromptError(
+            f"the text marks images by numbers, but not all: {len(rest)} of {len(images)} have no "
+            "mark"
+        )
+    return _place_rest(messages, rest, ordered, template.image_line)
 
 
 def read_request(
@@ -267,23 +274,28 @@ def read_request(
     return last.text, history, ordered
 
 
-@dataclass(frozen=True)
-class _ImageRef:
-    source: ImageSource
-
-
 def _read_message(
-    turn: Mapping[str, Any], images: Sequence[PIL.Image.Image], colour_profiles: bool
+    turn: Mapping[str, Any],
+    images: Sequence[PIL.Image.Image],
+    template: Template,
+    before: int,
+    colour_profiles: bool,
 ) -> tuple[Message, int, list[PIL.Image.Image]]:
-    """The message, the number of `images` its marks take, and all its images in order."""
-    role, pieces = _pieces(turn)
+    """The message, the number of `images` its marks take, and all its images in order.
+
+    Numbers of images count on from the `before` of earlier messages.
+    """
+    role, pieces = read_parts(turn)
     text, offsets, used = "", [], 0
+    numbers: tuple[int, ...] = ()
     turn_images: list[PIL.Image.Image] = []
     for piece in pieces:
         if isinstance(piece, str):
-            marks = piece.count(IMAGE_MARK) if role == "user" else 0
-            turn_images += images[used : used + marks]
-            used += marks
+            taken: list[PIL.Image.Image] = []
+            if role == "user":
+                piece, taken, numbers = _read_text(piece, images[used:], template, len(pieces) == 1)
+                used += piece.count(IMAGE_MARK)
+            turn_images += taken
             text += piece
         elif isinstance(piece, Frames):
             turn_images += piece.images
@@ -294,8 +306,27 @@ def _read_message(
                 text += IMAGE_MARK
             else:
                 offsets.append(len(text))
-    message = Message(role, text, image_offsets=tuple(offsets), tool_calls=_tool_calls(turn))
+    message = Message(
+        role,
+        text,
+        image_offsets=tuple(offsets),
+        image_numbers=tuple(before + number for number in numbers),
+        tool_calls=read_tool_calls(turn),
+    )
     return message, used, turn_images
+
+
+def _read_text(
+    text: str, images: Sequence[PIL.Image.Image], template: Template, is_whole: bool
+) -> tuple[str, list[PIL.Image.Image], tuple[int, ...]]:
+    """A text of a user with IMAGE_MARK for each mark, its images, and their numbers.
+
+    Marks have numbers only in a text that `is_whole`: without clips and other images in it.
+    """
+    if template.number_marks and is_whole:
+        return marked(text, images)
+    text = unnumbered(text) if template.number_marks else text
+    return text, list(images[: text.count(IMAGE_MARK)]), ()
 
 
 def _place_rest(
@@ -315,64 +346,6 @@ def _place_rest(
     messages[first] = Message("user", place_images(text, total, numbered=False, line=line))
     before = sum(message.n_images for message in messages[:first])
     return messages, ordered[:before] + rest + ordered[before:]
-
-
-def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _ImageRef | Frames]]:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-        raise PromptError(f"a message needs 'role' and 'content', got {_short(turn)}")
-    content = turn["content"]
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if isinstance(content, str):
-        return turn["role"], [content]
-    if not isinstance(content, Sequence):
-        raise PromptError(f"content must be a text or a list of parts, got {_short(content)}")
-    return turn["role"], [_piece(part, turn["role"]) for part in content]
-
-
-def _piece(part: Any, role: Any) -> str | _ImageRef | Frames:
-    if isinstance(part, Mapping):
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            return str(part["text"])
-        if part.get("type") == "video" and isinstance(part.get("video"), Frames):
-            if role != "user":
-                raise PromptError(f"only user messages hold clips, this one is {role!r}")
-            frames: Frames = part["video"]
-            return frames
-        if part.get("type") == "image" and "image" in part:
-            if role not in ("user", "assistant"):
-                raise PromptError(
-                    f"only user and assistant messages hold images, this one is {role!r}"
-                )
-            return _ImageRef(part["image"])
-    raise PromptError(
-        "a content part must be {'type': 'text', 'text': …} or {'type': 'image', 'image': …}, "
-        f"got {_short(part)}"
-    )
-
-
-def _tool_calls(turn: Mapping[str, Any]) -> tuple[ToolCall, ...]:
-    """Tool calls of an assistant's message, in OpenAI's format or as ToolCall."""
-    return tuple(map(_tool_call, turn.get("tool_calls") or ()))
-
-
-def _tool_call(call: Any) -> ToolCall:
-    if isinstance(call, ToolCall):
-        return call
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if isinstance(function, Mapping):
-        name, arguments = function.get("name"), function.get("arguments", "{}")
-        if isinstance(name, str) and isinstance(arguments, str):
-            return ToolCall(name, arguments)
-    raise PromptError(
-        "a tool call must be {'function': {'name': …, 'arguments': JSON text}}, "
-        f"got {_short(call)}"
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # --- programs ---

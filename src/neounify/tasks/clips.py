@@ -12,8 +12,8 @@ from neounify.config import ModelConfig
 from neounify.errors import PromptError, RequestError
 from neounify.image.pixels import fit_size
 from neounify.runtime.memory_plan import PROMPT_TOKENS, Task
-from neounify.text.clips import VIDEO_MARK, clip_text
-from neounify.text.forms import NEO, Template, unnumbered
+from neounify.text.clips import clip_text
+from neounify.text.forms import VIDEO_MARK
 from neounify.video.choice import finite_number
 
 
@@ -47,6 +47,12 @@ class Frames:
 
     def __post_init__(self) -> None:
         check_frames(self.images, self.times)
+
+    @property
+    def frames(self) -> list[PIL.Image.Image]:
+        """The frames, also those of tubes."""
+        pieces = (i.frames if isinstance(i, ClipPiece) else (i,) for i in self.images)
+        return [frame for piece in pieces for frame in piece]
 
     @property
     def stamps(self) -> str:
@@ -86,16 +92,14 @@ def check_frames(images: Sequence[Any], times: Sequence[float]) -> None:
         before = seconds
 
 
-def place_videos(prompt: Any, videos: Sequence[Frames], template: Template = NEO) -> list[Any]:
+def place_videos(prompt: Any, videos: Sequence[Frames]) -> list[Any]:
     """The conversation with each clip as a part in the place of its `<video>` mark.
 
     `prompt` is as in `tasks.chat.read_conversation`. Clips without a mark go in front of the first
-    user message. Raises PromptError for more marks than clips, where no message takes them, and
-    for marks of images with numbers.
+    user message. Raises PromptError for more marks than clips, and where no message takes them.
     """
     if isinstance(prompt, str):
-        text = unnumbered(prompt) if template.number_marks else prompt
-        turns: list[Any] = [{"role": "user", "content": text}]
+        turns: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, Iterable):
         turns = list(prompt)
     else:

@@ -30,7 +30,7 @@ from neounify.engine.messages import (
     TextInput,
     new_number,
 )
-from neounify.errors import PromptError, RequestError
+from neounify.errors import PromptError, RequestError, naming_param
 from neounify.flow.guidance import Branch
 from neounify.flow.path import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
@@ -232,6 +232,13 @@ def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -
     return image_prompt(
         tokenizer, text, system=system, think=request.think, template=processor.template
     )
+
+
+def check_prompts(processor: Processor, request: ImageRequest) -> None:
+    """Build the prompts of a request. Raises PromptError, about its parameter."""
+    for branch in request.sampling.guidance.branches():
+        with naming_param("prompt" if branch == "cond" else "negative_prompt"):
+            branch_prompt(processor, request, branch)
 
 
 def generate_images(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from neounify.text.forms import VIDEO_MARK
 from neounify.text.template import IMAGE_MARK
-
-VIDEO_MARK = "<video>"
-"""Stands in a user's text where a clip belongs."""
 
 
 def time_stamp(seconds: float) -> str:

@@ -20,6 +20,8 @@ from neounify.text.tokens import (
 )
 
 T = TypeVar("T")
+VIDEO_MARK = "<video>"
+"""Stands in a user's text where a clip belongs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +92,22 @@ def marked(
 ) -> tuple[str, list[T], tuple[int, ...]]:
     """A text with `mark` for each `<image>` or `<image N>`, its images in order, and their numbers.
 
-    The numbers are empty where the marks have none. Raises PromptError for marks of both kinds, and
-    for numbered marks that are not one for each image.
+    They are the first of `images`, as many as there are marks, where there are so many; the numbers
+    are empty where the marks have none. Raises PromptError for marks of both kinds, and for
+    numbered marks that are not one for each image.
     """
     marks = [match[1] for match in _MARKS.finditer(text)]
     numbers = tuple(int(number) for number in marks if number is not None)
     if numbers and len(numbers) < len(marks):
         raise PromptError("the text has marks with numbers and without; use one kind")
-    if numbers and sorted(numbers) != list(range(1, len(images) + 1)):
+    is_whole = sorted(numbers) == list(range(1, len(numbers) + 1))
+    if not is_whole or len(numbers) > len(images):
         raise PromptError(
             f"the text marks images {', '.join(map(str, numbers))}, but there are {len(images)}: "
             "mark each once, from <image 1> on"
         )
-    ordered = [images[number - 1] for number in numbers] if numbers else list(images)
+    first = list(images[: len(marks)])
+    ordered = [first[number - 1] for number in numbers] if numbers else first
     return _MARKS.sub(mark, text), ordered, numbers
 
 
@@ -111,6 +116,23 @@ def unnumbered(text: str, mark: str = "<image>") -> str:
 
     Raises PromptError for marks with numbers.
     """
-    if any(match[1] for match in _MARKS.finditer(text)):
-        raise PromptError("beside videos, images are marked by <image> without a number, in order")
+    if has_numbers(text):
+        raise PromptError(
+            "beside videos, and images that are parts of a message, images are marked by <image> "
+            "without a number, in order"
+        )
     return _MARKS.sub(mark, text)
+
+
+def has_numbers(text: str) -> bool:
+    """Whether images are marked by numbers, as `<image 2>`."""
+    return any(match[1] for match in _MARKS.finditer(text))
+
+
+def check_no_clip(text: str) -> None:
+    """Raise PromptError for a mark of a clip that is left in a text, once its clips are placed."""
+    if VIDEO_MARK in text:
+        raise PromptError(
+            f"the text has a {VIDEO_MARK} mark without a clip; such marks are for questions, one "
+            "for each clip"
+        )

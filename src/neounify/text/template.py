@@ -15,7 +15,7 @@ from itertools import groupby, pairwise, zip_longest
 from typing import Literal
 
 from neounify.errors import PromptError
-from neounify.text.forms import NEO, Template
+from neounify.text.forms import NEO, Template, check_no_clip
 from neounify.text.tokenizer import Tokenizer
 from neounify.text.tokens import IM_END, IM_START, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tools import (
@@ -51,7 +51,8 @@ class Message:
     `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
     of one of them.
 
-    Raises PromptError for an unknown role, text that is not valid, and offsets out of order.
+    Raises PromptError for an unknown role, text that is not valid or, a user's, marks a clip, and
+    offsets out of order.
     """
 
     role: Role
@@ -66,6 +67,8 @@ class Message:
                 f"a message is from system, user, assistant or tool, not {self.role!r}"
             )
         check_text(self.text, f"the {self.role} message")
+        if self.role == "user":
+            check_no_clip(self.text)
         if self.tool_calls and self.role != "assistant":
             raise PromptError(f"only assistant messages hold tool calls, this one is {self.role!r}")
         for call in self.tool_calls:
@@ -285,7 +288,7 @@ def image_prompt(
         PromptError: neither text nor images, or a text that is too long.
     """
     _check_says_something(text)
-    _check_length(tokenizer, text, template)
+    _check_length(tokenizer, text, template, "the prompt")
     thought = _NO_THOUGHT if template.thinks else ()
     end = _OPEN_THOUGHT if think else (*thought, *map(_Special, template.paint_open))
     return _single_turn(tokenizer, text, system, end, template=template)
@@ -320,7 +323,7 @@ def unconditional_prompt(
         negative: the text of the turn; empty asks for nothing, as the published models do.
         template: form of the model's prompts.
     """
-    _check_length(tokenizer, check_negative(negative), template)
+    _check_length(tokenizer, check_negative(negative), template, "the negative prompt")
     end = tuple(map(_Special, template.paint_open))
     return _single_turn(tokenizer, negative, "", end, template=template)
 
@@ -336,16 +339,16 @@ def images_only_prompt(
         open_image: end with `<img>` (editing); interleaving adds it for an image.
         negative: what guidance steers away from; it follows the images as an instruction would.
     """
+    text = IMAGE_MARK * n_images
     if check_negative(negative):
         text = place_images(negative, n_images, numbered=True)
-    else:
-        text = IMAGE_MARK * n_images
     return _single_turn(tokenizer, text, "", _OPEN_IMAGE if open_image else ())
 
 
 def check_negative(text: str) -> str:
     """The text of a negative prompt. Raises PromptError for text that is not valid or has marks."""
     check_text(text, "the negative prompt")
+    check_no_clip(text)
     if IMAGE_MARK in text:
         raise PromptError(f"the negative prompt holds no images, but it has an {IMAGE_MARK} mark")
     return text
@@ -483,15 +486,11 @@ def _typed(marks: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"(?<=<)(?={inside})" if inside else "(?!)")
 
 
-def _check_length(tokenizer: Tokenizer, text: str, template: Template) -> None:
-    if template.max_prompt_tokens is None:
-        return
-    length = len(tokenizer.encode(text))
-    if length > template.max_prompt_tokens:
-        raise PromptError(
-            f"the prompt has {length:,} tokens, this model reads {template.max_prompt_tokens:,} at "
-            "most"
-        )
+def _check_length(tokenizer: Tokenizer, text: str, template: Template, what: str) -> None:
+    most = template.max_prompt_tokens
+    length = 0 if most is None else len(tokenizer.encode(text))
+    if most is not None and length > most:
+        raise PromptError(f"{what} has {length:,} tokens, this model reads {most:,} at most")
 
 
 def _check_says_something(text: str) -> None:

@@ -38,6 +38,14 @@ def find_xmp(file: IO[bytes]) -> bytes:
 def top_boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
     """(type, start of the content, its size) of every box on the top level, while they fit."""
     end = file.seek(0, 2)
+    for kind, start, size in stated_boxes(file):
+        if start + size <= end:
+            yield kind, start, size
+
+
+def stated_boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of `top_boxes`, and one that goes beyond the end of the file."""
+    end = file.seek(0, 2)
     position = 0
     for _ in range(MAX_BOXES):
         file.seek(position)
@@ -49,7 +57,7 @@ def top_boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
             size, length = int.from_bytes(head[8:16], "big"), 16
         elif size == 0:
             size = end - position
-        if size < length or position + size > end:
+        if size < length:
             return
         yield kind, position + length, size - length
         position += size

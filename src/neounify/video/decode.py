@@ -12,12 +12,14 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from neounify.errors import VideoError
 from neounify.video.choice import FrameChoice, Timeline
+from neounify.video.ends import stated_end
 from neounify.video.library import video_library
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class VideoLimits:
 
     `file_bytes` of its file; `streams` inside; `pixels` of a frame, `frames` and `length` in
     seconds, whether they are read or not; `seconds` and `memory` bytes of the process that decodes.
-    `output_pixels` of all chosen frames together, after their reduction.
+    `output_pixels` of all chosen frames together, which are reduced to it.
     """
 
     file_bytes: int = 2 * 2**30
@@ -105,7 +107,8 @@ def decode_frames(
     """The clip in a file, and its chosen frames as RGB arrays [height, width, 3] uint8.
 
     Frames are turned upright, laid on white where they are transparent, and reduced to an area of
-    `frame_pixels` where they are larger. Raises VideoError, also while frames are read.
+    `frame_pixels` where they are larger, or to their share of `limits.output_pixels`. Raises
+    VideoError, also while frames are read.
     """
     file.seek(0, 2)
     if not file.tell():
@@ -124,6 +127,8 @@ class _Decoder:
     ) -> None:
         self._av = video_library()
         self._limits, self._choice, self._frame_pixels = limits, choice, frame_pixels
+        self._bytes, self._stated_bytes = file.seek(0, 2), stated_end(file)
+        file.seek(0)
         self._container = self._open(MeteredFile(file, limits.seconds))
         self._stream = self._find_stream()
         self._context = self._find_context()
@@ -135,6 +140,8 @@ class _Decoder:
     def start(self) -> tuple[Clip, Iterator[np.ndarray]]:
         timeline = self._scan()
         indices, in_tubes = self._choice.take(timeline)
+        share = max(1, self._limits.output_pixels // len(indices))
+        self._frame_pixels = min(self._frame_pixels, share)
         frames = self._frames([self._stamps[index] for index in indices])
         first = next(frames)
         height, width = first.shape[:2]
@@ -183,7 +190,7 @@ class _Decoder:
         except (self._av.FFmpegError, ValueError) as error:
             if isinstance(error, VideoError):
                 raise
-            raise VideoError(f"not a video, or damaged; use {KINDS}") from error
+            raise self._error(f"not a video, or damaged; use {KINDS}") from error
 
     def _find_stream(self) -> VideoStream:
         if len(self._container.streams) > self._limits.streams:
@@ -192,12 +199,12 @@ class _Decoder:
         streams = [s for s in self._container.streams.video if not s.disposition & cover]
         if not streams:
             sound = ", only sound" if self._container.streams.audio else ""
-            raise VideoError(f"holds no video{sound}")
+            raise self._error(f"holds no video{sound}")
         readable = [s for s in streams if s.codec_context and s.codec_context.name in CODECS]
         if not readable:
             context = streams[0].codec_context  # None for a kind that FFmpeg does not know
             kind = "of an unknown kind" if context is None else context.name
-            raise VideoError(f"its frames are {kind}, which is not read here; use H.264 in MP4")
+            raise self._error(f"its frames are {kind}, which is not read here; use H.264 in MP4")
         stream = max(readable, key=lambda s: (s.width * s.height, -s.index))
         for other in self._container.streams:
             if other is not stream:
@@ -234,10 +241,13 @@ class _Decoder:
     def _scan(self) -> Timeline:
         """The times of all frames, from the packets alone."""
         last = (-(2**63), 0)  # the greatest time stamp, and where its frame ends
-        packets = (packet for packet in self._packets() if packet.size)
-        for number, packet in enumerate(packets):
-            if number >= self._limits.frames:
+        count, is_whole = 0, True
+        for packet in self._packets():
+            if not packet.size:
+                continue
+            if count >= self._limits.frames:
                 raise VideoError(f"has more than {self._limits.frames} frames")
+            count, is_whole = count + 1, is_whole and not packet.is_corrupt
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
                 continue
@@ -247,11 +257,59 @@ class _Decoder:
                 continue
             self._stamps.append(stamp)
             last = max(last, (stamp, stamp + max(0, packet.duration or 0)))
-        if not self._stamps:
-            raise VideoError("has no frames")
         self._stamps = sorted(set(self._stamps))
         self._keys.sort()
-        return self._timeline(last[1])
+        timeline = self._timeline(last[1]) if self._stamps else None
+        self._check_end(timeline, count if is_whole else 0)
+        if timeline is None:
+            raise self._error("has no frames")
+        return timeline
+
+    def _check_end(self, timeline: Timeline | None, count: int) -> None:
+        """Raise VideoError where the file ends before the frames that its container states.
+
+        `count` is the number of frames that are there, 0 where some are there in part.
+        """
+        seconds = timeline.end if timeline else 0.0
+        if "mp4" in self._container.format.name:
+            # The index, not the last box: players pass over what else is behind the frames.
+            entries = islice(self._stream.index_entries, self._limits.frames)
+            end = max((entry.pos + entry.size for entry in entries), default=0)
+            if end > self._bytes:
+                raise self._cut_off(seconds, end)
+        elif self._stated_bytes > self._bytes and self._lacks_frames(timeline, count):
+            raise self._cut_off(seconds, self._stated_bytes)
+
+    def _lacks_frames(self, timeline: Timeline | None, count: int) -> bool:
+        """Whether a file that is too short for its container lacks frames, not only an index.
+
+        Where neither their number nor their length is stated, some are taken to be missing.
+        """
+        if timeline is None or not count:
+            return True
+        if self._stream.frames:
+            return count < self._stream.frames
+        if self._container.duration is None:
+            return True
+        shown = float(self._stamps[0] * self._unit) + timeline.end
+        half_a_frame = timeline.end / len(timeline.times) / 2
+        return shown + half_a_frame < self._container.duration / 1e6
+
+    def _cut_off(self, seconds: float, stated: int) -> VideoError:
+        """The error of a file that should have the `stated` bytes, and shows so many seconds."""
+        place, advice = "before its first frame", ""
+        if seconds:
+            place = f"after {seconds:.1f} seconds"
+            advice = ", or write what is left to a new file: ffmpeg -i OLD -c copy NEW"
+        return VideoError(
+            f"is cut off {place}: the file has {self._bytes:,} of {stated:,} bytes; copy or "
+            f"download it again{advice}"
+        )
+
+    def _error(self, message: str) -> VideoError:
+        """The error of a file without frames: that it is cut off if it is, else `message`."""
+        stated = self._stated_bytes
+        return self._cut_off(0, stated) if stated > self._bytes else VideoError(message)
 
     def _timeline(self, last_end: int) -> Timeline:
         first, last = self._stamps[0], self._stamps[-1]
@@ -267,12 +325,12 @@ class _Decoder:
         return Timeline(times, end, rounding=float(self._unit) / 2)
 
     def _packets(self) -> Iterator[Packet[VideoStream]]:
-        """The packets from here to where the file is cut off; the last, empty one ends decoding."""
+        """The packets from here on; the last, empty one ends decoding. Raises VideoError."""
         try:
             yield from self._container.demux(self._stream)
         except self._av.FFmpegError as error:
-            if not self._stamps:
-                raise VideoError("damaged or cut off") from error
+            count = len(self._stamps)
+            raise VideoError(f"damaged or cut off; {count} frames of it can be read") from error
 
     # --- frames ---
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import av
 import numpy as np
 
-from support.clips import clip_bytes, gif, numbered
+from support.clips import clip_bytes, gif, numbered, of_streams
 
 
 @cache
@@ -30,7 +28,7 @@ def clips() -> dict[str, bytes]:
         ),
         "4 billion times": _patched(plain, b"stts", 8, ">I", 2**32 - 1),
         "a box that ends far away": _patched(plain, b"mdat", -8, ">I", 2**31 - 1),
-        "60 streams": _streams(60),
+        "a thousand streams": of_streams(1000),
         "a playlist": b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"
         + b"#EXTINF:1,\na.ts\n" * 20_000,
         "500k boxes": plain[:32] + b"\0\0\0\x08free" * 60_000,
@@ -64,18 +62,3 @@ def _patched(data: bytes, mark: bytes, offset: int, form: str, *values: int) -> 
 
 def _nested(depth: int) -> bytes:
     return b"".join(struct.pack(">I4s", 8 * (depth - n), b"moov") for n in range(depth))
-
-
-def _streams(count: int) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        streams: list[Any] = [container.add_stream("mjpeg", rate=1) for _ in range(count)]
-        for stream in streams:
-            stream.width = stream.height = 16
-            stream.pix_fmt = "yuvj420p"
-        for stream in streams:
-            frame = av.VideoFrame.from_ndarray(numbered(1, 16, 16)[0], "rgb24")
-            frame.pts = 0
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    return file.getvalue()

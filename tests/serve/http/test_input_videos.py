@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from neounify.config import VideoConfig
+from neounify.config.presets import TINY
 from neounify.serve.http import create_app
 from neounify.serve.http.config import HttpConfig, Limits
+from neounify.serve.safety.hooks import Hooks
 from neounify.tasks.chat import ChatRequest
+from neounify.tasks.clips import ClipPiece
 from support.clips import clip_bytes, numbered, numbers_of
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
@@ -83,6 +87,57 @@ def test_the_choice_of_frames(client: TestClient, service: Scripted) -> None:
     choice = {"video": {"num_frames": 1}}
     assert ask(client, video(clip_url()), media_io_kwargs=choice).status_code == 200
     assert numbers_of(asked(service).images) == [0]
+
+
+def test_clips_are_seen_in_tubes() -> None:
+    shown: list[int] = []
+
+    class Looks(Hooks):
+        def check_prompt(self, text: str, images: Any) -> None:
+            shown.extend(numbers_of(images))
+
+    choice = {"video": {"tubes": True}}
+    service = Scripted(config=TINY.replace(video=VideoConfig(tube_frames=4, und=True)))
+    with TestClient(create_app(service, hooks=Looks())) as client:
+        assert ask(client, video(clip_url()), media_io_kwargs=choice).status_code == 200
+    request = asked(service)
+    assert request.messages[0].text == "<0.0 seconds><image><1.0 seconds><image>"
+    pieces: Any = request.images
+    assert all(isinstance(piece, ClipPiece) for piece in pieces)
+    assert [numbers_of(piece.frames) for piece in pieces] == [[0, 2, 5, 7], [10, 12, 15, 17]]
+    assert shown == [0, 2, 5, 7, 10, 12, 15, 17]
+
+
+def test_tubes_need_a_model_that_has_them(client: TestClient) -> None:
+    error = refused(ask(client, video(clip_url()), media_io_kwargs={"video": {"tubes": True}}))
+    assert error["param"] == "media_io_kwargs"
+    assert "no embedding of tubes" in error["message"]
+
+
+def test_sound_is_ignored_with_a_warning(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ask(client, video(clip_url())).status_code == 200
+    assert "sound" not in caplog.text
+    loud = clip_bytes(numbered(20), sound=True)
+    assert ask(client, video(clip_url(loud))).status_code == 200
+    assert "the clip: its sound is not heard" in caplog.text
+
+
+@pytest.mark.parametrize("texts", [["a <video> mark"], ["a <vid", "eo> mark"]])
+@pytest.mark.parametrize("clips", [0, 1])
+def test_a_mark_without_a_clip_is_refused(
+    client: TestClient, service: Scripted, texts: list[str], clips: int
+) -> None:
+    parts = [{"type": "text", "text": text} for text in texts]
+    error = refused(ask(client, *[video(clip_url())] * clips, *parts))
+    assert "the text has a <video> mark without a clip" in error["message"]
+    assert not service.requests
+
+
+def test_a_mark_of_an_image_in_two_texts_is_refused(client: TestClient) -> None:
+    parts = [{"type": "text", "text": text} for text in ("a <ima", "ge> mark")]
+    assert "1 <image> marks for 0 images" in refused(ask(client, *parts))["message"]
 
 
 def refused(answer: Any) -> dict[str, Any]:

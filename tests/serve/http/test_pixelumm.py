@@ -1,4 +1,4 @@
-"""The second family behind the HTTP API: chat over images, images, and one sentence of refusal."""
+"""The second family behind the HTTP API: images and videos in and out, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import neounify
 from neounify.serve.build import colocated
 from neounify.serve.http import create_app
+from support.clips import assert_shows, clip_bytes, numbered
 from support.http_server import data_url, openai_client, png, serving
 from support.pixelumm import saved
 from support.scripted_service import Scripted
@@ -48,6 +49,13 @@ def test_chat_about_two_images(client: openai.OpenAI, pipe: neounify.Pipeline) -
     assert answer.usage.prompt_tokens == wanted.prompt_tokens
 
 
+def test_numbered_marks_are_refused_beside_parts(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="are marked by <image> without a number"):
+        client.chat.completions.create(
+            model="neounify", messages=_question("Is <image 2> like <image 1>?", RED, BLUE)
+        )
+
+
 def test_the_model_list_says_what_it_can(client: openai.OpenAI) -> None:
     facts: Any = client.models.retrieve("neounify")
     assert facts.neounify["capabilities"] == ["chat", "generate", "generate_video", "chat_video"]
@@ -73,6 +81,37 @@ def test_images_are_generated(client: openai.OpenAI) -> None:
     result = client.images.generate(model="neounify", prompt="a fox", size="64x48")
     assert result.data
     assert result.data[0].b64_json
+    with pytest.raises(openai.BadRequestError, match="a <video> mark without a clip"):
+        client.images.generate(model="neounify", prompt="a <video>", size="64x48")
+
+
+def test_chat_about_a_video(client: openai.OpenAI, pipe: neounify.Pipeline) -> None:
+    """Three frames, each an image behind its time."""
+    clip = clip_bytes(numbered(25))
+    part = {"type": "video_url", "video_url": {"url": data_url(clip, "video/mp4")}}
+    text = {"type": "text", "text": "What moves?"}
+    messages: Any = [{"role": "user", "content": [part, text]}]
+    answer = client.chat.completions.create(
+        model="neounify", messages=messages, max_tokens=5, temperature=0
+    )
+    wanted = pipe.chat("What moves?", video=clip, max_new_tokens=5)
+    assert wanted.text != pipe.chat("What moves?", max_new_tokens=5).text
+    assert answer.choices[0].message.content == wanted.text
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == wanted.prompt_tokens
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_a_video_is_that_of_the_pipeline(client: openai.OpenAI, pipe: neounify.Pipeline) -> None:
+    fields: Any = {"frames": 8, "fps": 16, "seed": 5, "negative_prompt": "blur"}
+    size: Any = "64x48"
+    video = client.videos.create_and_poll(
+        prompt="a fox", size=size, extra_body=fields, poll_interval_ms=20
+    )
+    assert video.status == "completed", video.error
+    file = client.videos.download_content(video.id).read()
+    [wanted] = pipe.generate("a fox", width=64, height=48, **fields).videos
+    assert_shows(file, wanted.frames.numpy())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -30,6 +30,7 @@ from neounify.tasks.video import after_clip, clip_shape
 from neounify.video.boxes import find_xmp
 from support.clips import clip_bytes, numbered, numbers_of
 from support.http_server import openai_client
+from support.pixelumm import SMALL as PIXELUMM
 from support.scripted_service import Scripted
 
 ABLE = TINY.replace(
@@ -279,6 +280,8 @@ def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"prompt": " "}, "prompt", "is empty"),
         ({"prompt": "a <image> star"}, "prompt", "<image>"),
+        ({"prompt": "a <video> star"}, "prompt", "a <video> mark without a clip"),
+        ({"negative_prompt": "a <video>"}, "negative_prompt", "a <video> mark without a clip"),
         ({"frames": 6, "seconds": None}, "frames", "multiple of 4"),
         ({"frames": 8}, "frames", "give one of them"),
         ({"seconds": 1000}, "seconds", "1000 seconds at 8 frames per second are over this"),
@@ -307,6 +310,21 @@ def test_bad_fields_are_errors(
     error = answer.json()["error"]
     assert words in error["message"], error
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "what"), [("prompt", "the prompt"), ("negative_prompt", "the negative prompt")]
+)
+def test_prompts_that_are_too_long_begin_no_job(field: str, what: str) -> None:
+    with TestClient(create_app(Scripted(clip, PIXELUMM))) as client:
+        body = {"prompt": "a star", "size": "64x48", "frames": 8}
+        assert client.post("/v1/videos", json={**body, field: "x" * 4096}).status_code == 200
+        answer = client.post("/v1/videos", json={**body, field: "x" * 4097})
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == field
+        assert f"{what} has 4,097 tokens, this model reads 4,096 at most" in error["message"]
+        assert len(client.get("/v1/videos").json()["data"]) == 1
 
 
 def test_a_model_without_videos_says_so() -> None:
@@ -388,7 +406,12 @@ def test_a_clip_is_not_read_for_a_request_that_is_refused(
     limits = Limits(video_jobs=1)
     body = {**SMALL, "prompt": "slow", "condition": "data:video/mp4;base64,AAAA"}
     with TestClient(create_app(Scripted(clip, CONTINUES), HttpConfig(limits=limits))) as client:
-        for wrong in ({"size": "63x32"}, {"steps": 10**5}, {"prompt": "an <image>"}):
+        for wrong in (
+            {"size": "63x32"},
+            {"steps": 10**5},
+            {"prompt": "an <image>"},
+            {"prompt": "a <video>"},
+        ):
             assert client.post("/v1/videos", json={**body, **wrong}).status_code == 400
         assert not read
         assert client.post("/v1/videos", json=body).status_code == 200

@@ -75,7 +75,7 @@ class ChatTurn:
         images: list[PIL.Image.Image] = []
         for piece in self.pieces:
             if not isinstance(piece, str):
-                images += piece.images if isinstance(piece, Frames) else [piece]
+                images += piece.frames if isinstance(piece, Frames) else [piece]
         return images
 
     @property
@@ -221,7 +221,7 @@ def _chat_requests(
     body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse, state: ServerState
 ) -> Sequence[ChatRequest]:
     conversation = [turn.for_pipeline() for turn in turns]
-    messages, images = read_conversation(conversation, ())
+    messages, images = read_conversation(conversation, (), state.service.processor.template)
     request = ChatRequest(
         messages=messages,
         images=images,

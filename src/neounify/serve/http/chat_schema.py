@@ -256,6 +256,7 @@ class VideoChoice(BaseModel):
 
     fps: Annotated[float, Field(gt=0, le=240)] | None = None
     num_frames: Annotated[int, Field(ge=1, description="At most so many.")] | None = None
+    tubes: Annotated[bool, Field(description="Several are seen as one. Extension.")] = False
 
 
 class MediaChoice(BaseModel):

@@ -7,14 +7,14 @@ from functools import partial
 
 from PIL.Image import Image
 
-from neounify.errors import ImageError, VideoError
+from neounify.errors import ImageError, RequestError, VideoError
 from neounify.pipeline.videos import frame_choice, read_condition, read_file
 from neounify.serve.http.chat_schema import VideoChoice
 from neounify.serve.http.errors import bad_request
 from neounify.serve.http.fields import blame
 from neounify.serve.http.media import data_url_bytes, is_data_url
 from neounify.serve.http.serving import ServerState
-from neounify.tasks.clips import Frames
+from neounify.tasks.clips import NO_TUBES, Frames
 from neounify.video.decode import VideoLimits
 
 MEMORY = 2 * 2**30
@@ -43,13 +43,24 @@ async def read_videos(
         )
     most = min(choice.num_frames or config.sampling.video.max_frames, max(1, share))
     with blame("media_io_kwargs"):
-        frame_choice(config, choice.fps, most)
+        if choice.tubes and not config.sees_tubes:
+            raise RequestError(NO_TUBES)
+        frame_choice(config, choice.fps, most, choice.tubes)
     bounds = VideoLimits(seconds=limits.video_seconds, memory=MEMORY)
     videos = []
     for field, url in sources:
         with blame(field):
             file = await _read_url(url, state)
-            read = partial(read_file, file, config, choice.fps, most, limits=bounds, reserve=1)
+            read = partial(
+                read_file,
+                file,
+                config,
+                choice.fps,
+                most,
+                tubes=choice.tubes,
+                limits=bounds,
+                reserve=1,
+            )
             frames, _ = await state.clip_decoder.run(read)
             videos.append(frames)
     return videos

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,16 +27,14 @@ from neounify.serve.http.fields import (
     ImageFields,
     LimitedText,
     Number,
-    blame,
     seeds_of,
 )
 from neounify.serve.http.images import form_values, validated
 from neounify.serve.http.serving import ServerState, State, request_metadata
 from neounify.serve.http.video_jobs import Status, VideoJob
-from neounify.tasks.image import ImageRequest
+from neounify.tasks.image import ImageRequest, check_prompts
 from neounify.tasks.program import ClipFrames, FramesFinished, Preview
 from neounify.tasks.video import after_clip, clip_shape
-from neounify.text.template import place_images
 from neounify.video.clip import Video
 
 log = logging.getLogger("neounify.serve")
@@ -94,8 +93,6 @@ async def read_video_request(body: VideoBody, owner: str, state: ServerState) ->
     if body.ratio is not None or body.pixels is not None:
         name = "size" if body.ratio is None else "aspect_ratio"
         raise bad_request(f"{name}: not supported for videos; give size as WIDTHxHEIGHT", name)
-    with blame("prompt"):
-        place_images(body.prompt, 0, numbered=True)
     frames, fps = _length(body, config, limits.output_frames)
     size = body.width_height or (None, None)
     shape = clip_shape(config, size, frames, fps)
@@ -105,27 +102,27 @@ async def read_video_request(body: VideoBody, owner: str, state: ServerState) ->
             f"server's {limits.output_pixels}",
             "size",
         )
-    sampling = state.sampling(body, editing=False, steps=body.steps, video=True)
+    [seed] = seeds_of(body.seed, 1)
+    request = ImageRequest(
+        prompt=body.prompt,
+        width=shape.width,
+        height=shape.height,
+        frames=shape.frames,
+        fps=shape.fps,
+        sampling=state.sampling(body, editing=False, steps=body.steps, video=True),
+        seed=seed,
+        negative_prompt=body.negative_prompt,
+    )
+    await asyncio.to_thread(check_prompts, state.service.processor, request)
     shown: Sequence[Image] = ()
     if body.condition is not None:  # what takes time comes after what does not
         from neounify.serve.http.input_videos import read_condition_url
 
         state.videos.check(owner)
         shown = await read_condition_url(body.condition, fps, state)
-        shape = clip_shape(config, size, frames, fps, shown)
+        before = clip_shape(config, size, frames, fps, shown).condition
+        request = replace(request, prompt=after_clip(before, body.prompt), condition=before)
     await state.check_prompt(filter(None, (body.prompt, body.negative_prompt)), shown)
-    [seed] = seeds_of(body.seed, 1)
-    request = ImageRequest(
-        prompt=after_clip(shape.condition, body.prompt),
-        condition=shape.condition,
-        width=shape.width,
-        height=shape.height,
-        frames=shape.frames,
-        fps=shape.fps,
-        sampling=sampling,
-        seed=seed,
-        negative_prompt=body.negative_prompt,
-    )
     state.service.check_together([request])
     return request
 
