@@ -25,7 +25,14 @@ from neounify.errors import MemoryPlanError, OutOfMemory, RequestError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
 from neounify.runtime.devices import Abilities
-from neounify.runtime.memory_plan import Mode, Task, default_task, peak_bytes, working_bytes
+from neounify.runtime.memory_plan import (
+    Mode,
+    Resident,
+    Task,
+    default_task,
+    peak_bytes,
+    working_bytes,
+)
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 from support.device_abilities import pretending
@@ -87,7 +94,7 @@ def test_auto_takes_the_first_mode_that_fits(
 
 
 def test_auto_has_room_for_the_default_video(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a model of videos, whose images alone would fit in every case with all weights there."""
     config = WIDE.replace(
@@ -98,7 +105,7 @@ def test_auto_has_room_for_the_default_video(
     folder = write_checkpoint(tmp_path / "moving", config, random_weights(config))
     checkpoint, cpu = CheckpointFolder.open(folder), torch.device("cpu")
     kept = kept_weights(checkpoint, torch.float32)
-    none = {"und": 0, "gen": 0}
+    none: Resident = {"und": 0, "gen": 0}
 
     def peak(task: Task, mode: Mode) -> float:
         working = working_bytes(config, task, 4)
@@ -111,6 +118,9 @@ def test_auto_has_room_for_the_default_video(
         free(monkeypatch, peak(clip, mode) + 1)
         assert fit_memory(checkpoint, kept, cpu, "auto").memory == mode
     free(monkeypatch, peak(image, "all") + 1)
+    assert fit_memory(checkpoint, kept, cpu, "auto").memory == "all"
+    assert "images fit in the memory that is free, but not a video of 96 frames" in caplog.text
+    free(monkeypatch, peak(image, "layers") / 2)
     for fit in (fit_memory, fit_engines):
         with pytest.raises(MemoryPlanError, match="nothing fits"):
             fit(checkpoint, kept, cpu, "auto")

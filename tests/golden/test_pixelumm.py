@@ -84,7 +84,8 @@ def test_keys_and_values_of_a_prompt(
 def _grid(model: NeoUnify, facts: dict[str, Any]) -> Grid:
     """The tokens of a recorded image, or of a clip at 24 frames a second."""
     if "height_width" in facts:
-        return Grid.of_pixels(*facts["height_width"], model.config.token_size)
+        height, width = facts["height_width"]
+        return Grid.of_pixels(height, width, model.config.token_size)
     frames, height, width = facts["frames_height_width"]
     return clip_grid(model.config, width, height, frames, 24.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from neounify.runtime.memory_plan import (
     Resident,
     StreamName,
     Task,
+    default_image,
     default_task,
     fitting_layers,
     least_prefill_rows,
@@ -34,6 +36,7 @@ from neounify.runtime.memory_plan import (
 from neounify.runtime.memory_rows import Kept, PlanRow, first_fit, machine_modes, plan_row
 from neounify.runtime.rates import UNKNOWN, Machine, this_machine
 
+log = logging.getLogger("neounify")
 GB = 1e9
 
 
@@ -157,7 +160,10 @@ def _chosen(
     *,
     ignore: bool,
 ) -> Fitted:
-    """The first mode that fits. Raises MemoryPlanError, or takes the last with `ignore`."""
+    """The first mode that fits. Raises MemoryPlanError, or takes the last with `ignore`.
+
+    Where a video fits in none, the modes are those for an image, with a warning.
+    """
     config = checkpoint.config
     rows = []
     for mode, room in rooms.items():
@@ -165,6 +171,17 @@ def _chosen(
             resident = _resident(config, kept, task, room.machine, resident_layers)
             rows.append(plan_row(config, kept, task, room.machine, mode, resident))
     chosen = first_fit(rows)
+    if chosen is None and task.kind == "t2v" and not ignore:
+        image = replace(default_image(config), copied_tokens=task.copied_tokens)
+        fitted = _chosen(rooms, checkpoint, kept, image, memory, resident_layers, ignore=False)
+        log.warning(
+            "%s: images fit in the memory that is free, but not a video of %d frames of %d×%d",
+            checkpoint.path.name,
+            task.frames,
+            task.width,
+            task.height,
+        )
+        return fitted
     if chosen is None and not ignore:
         none: Resident = dict.fromkeys(task.streams, 0)
         every = [

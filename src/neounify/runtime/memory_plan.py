@@ -246,10 +246,7 @@ def default_task(config: ModelConfig) -> Task:
 
     The clip where the model generates clips, and one works with more memory than an image.
     """
-    sampling, video = config.sampling, config.sampling.video
-    width, height = sampling.image_size
-    branches = 2 if sampling.guidance > 1 else 1
-    image = Task(width=width, height=height, steps=sampling.steps, branches=branches)
+    image, video = default_image(config), config.sampling.video
     if "generate_video" not in config.capabilities:
         return image
     width, height = video.size
@@ -262,6 +259,14 @@ def default_task(config: ModelConfig) -> Task:
         branches=2 if video.guidance > 1 else 1,
     )
     return max(image, clip, key=lambda task: denoise_bytes(config, task, 4))
+
+
+def default_image(config: ModelConfig) -> Task:
+    """One image of the checkpoint's default size, steps and guidance."""
+    sampling = config.sampling
+    width, height = sampling.image_size
+    branches = 2 if sampling.guidance > 1 else 1
+    return Task(width=width, height=height, steps=sampling.steps, branches=branches)
 
 
 def state_bytes(config: ModelConfig, tokens: int, *, clip: bool = False) -> int:
