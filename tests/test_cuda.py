@@ -49,9 +49,9 @@ from train.test_trainer import recipe
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 """Without a GPU nothing here runs; docs/log.md says where and when it last did."""
 
-RELATIVE, HALF = 2e-3, 0.05
+RELATIVE, HALF = 2e-3, 0.1
 """Relative error of a trajectory in float32, whose sums run in another order than on the CPU, and
-in bfloat16."""
+in bfloat16, whose trajectories are up to 0.034 off on the CPU."""
 PRESETS = {"int8": "w8a8", "fp8": "torch", "w4": "w8a8"}
 """Preset → the backend that rounds x as a GPU does, on the CPU too."""
 FORMATS: list[PublishedFormat] = [Int8Rows(), Int8Rows(64), Fp8Rows(), FourBits(64)]

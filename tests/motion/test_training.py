@@ -116,14 +116,16 @@ def test_a_question_of_training_is_the_prompt_of_inference(trained: Path) -> Non
         dropout=GuidanceDropout(text=0.0, all=0.0),
     )
     for number in range(4):
-        data = MotionDataset(number, motion_config("default"), {"video_qa": 1}, tubes=False)
+        world = motion_config("default")
+        data = MotionDataset(number, world, {"video_qa": 1})
+        whole = MotionDataset(number, world, {"video_qa": 1}, shown_fps=FPS)
         asked: list[object] = []
 
         def note(prompts: list[object], asked: list[object] = asked, **_: object) -> list[object]:
             asked.extend(prompts)
             return []
 
-        clip, question = data[0].turns[0].parts
+        clip, question = whole[0].turns[0].parts
         assert isinstance(clip, SampleClip)
         assert isinstance(question, SampleText)
         pipe_that_notes = SimpleNamespace(config=pipe.config, chat_batch=note)

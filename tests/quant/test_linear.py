@@ -122,6 +122,16 @@ def test_fp8_products_are_of_fp8_rows() -> None:
     assert error < 2**-8  # the product is given in bfloat16
 
 
+def plain_rows_agree(x: Tensor) -> bool:
+    """Whether products with a plain weight have the same bits for few rows and for many.
+
+    Those of MKL in float32 do not on processors with AMX.
+    """
+    weight = random_weight(80, COLUMNS).to(x.dtype)
+    few = linear(x[:FEW_ROWS], weight)
+    return all(torch.equal(linear(x[:n], weight), few[:n]) for n in (1, 2, 3, 5, FEW_ROWS - 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", "torch", "w8a8"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -129,6 +139,8 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(
     format: PublishedFormat, backend: str, dtype: torch.dtype
 ) -> None:
     layer, x = quantised(format, backend), inputs(90, dtype)
+    if str(layer.backend).startswith("reference") and not plain_rows_agree(x):
+        pytest.skip("plain products of few rows and of many differ on this processor")
     few = layer(x[:FEW_ROWS])
     for rows in (1, 2, 3, 5, FEW_ROWS - 1):
         assert torch.equal(layer(x[:rows]), few[:rows]), rows

@@ -98,9 +98,7 @@ def ask_several_motion(
     return questions
 
 
-def allows_question(
-    scene: MotionScene, rng: np.random.Generator, kind: MotionQuestionKind
-) -> bool:
+def allows_question(scene: MotionScene, rng: np.random.Generator, kind: MotionQuestionKind) -> bool:
     """Whether the clip has an answer to a question of that kind."""
     return _ASKERS[kind](scene, rng) is not None
 
