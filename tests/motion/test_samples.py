@@ -71,6 +71,20 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
     assert 0.3 < tasks["t2v"] / 300 < 0.5
 
 
+def test_first_questions_have_the_shares_asked_for() -> None:
+    data = MotionDataset(0, DEFAULT, {"video_qa": 1}, questions={"which": 3, "count": 1})
+    firsts = Counter[bool]()
+    for sample in islice(iter(data), 40):
+        question = sample.turns[0].parts[1]
+        assert isinstance(question, SampleText)
+        is_count = question.text.startswith("How many shapes")
+        assert is_count or question.text.startswith(("Which shape", "What shape"))
+        firsts[is_count] += 1
+    assert 18 < firsts[False] < 40
+    with pytest.raises(DataError, match="allows a question of kind 'which'"):
+        MotionDataset(0, motion_config("easy"), {"video_qa": 1}, questions={"which": 1})[0]
+
+
 def test_a_caption_states_all_of_its_clip() -> None:
     data = MotionDataset(0, DEFAULT, {"video_caption": 1}, shown_fps=None)
     for sample in islice(iter(data), 10):
@@ -136,6 +150,8 @@ def test_wrong_settings_are_refused() -> None:
         ({"tasks": {"edit": 1}}, "edit"),
         ({"tasks": {"t2v": 0}}, "one share must be above 0"),
         ({"shown_fps": 3.0}, "8 divided by a whole number"),
+        ({"questions": {"who": 1.0}}, "questions"),
+        ({"questions": {"what": 0.0}}, "one share must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             read_data({"kind": "motion", **wrong})

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from neounify.config.ranges import STRICT, Seed, check_names, check_weights
+from neounify.config.ranges import STRICT, NonNegative, Seed, check_names, check_weights
 from neounify.data.configs import DataConfig
 from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.data.sources import EndlessSource
@@ -25,7 +25,6 @@ from neounify.motion.world.language import (
     motion_facts,
 )
 from neounify.motion.world.questions import (
-    MOTION_QUESTIONS,
     MotionQuestionKind,
     allows_question,
     ask_several_motion,
@@ -74,7 +73,7 @@ class MotionData(DataConfig):
     tasks: dict[str, float] | None = None
     tubes: bool = True
     shown_fps: float = SHOWN_FPS
-    questions: dict[str, float] | None = None
+    questions: dict[MotionQuestionKind, NonNegative] | None = None
     seed: Seed = 0
     split: Split = "train"
 
@@ -86,10 +85,8 @@ class MotionData(DataConfig):
             check_weights("tasks", self.tasks, tuple(MOTION_TASKS))
             if not any(self.tasks.values()):
                 raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
-        if self.questions is not None:
-            check_weights("questions", self.questions, MOTION_QUESTIONS)
-            if not any(self.questions.values()):
-                raise ValueError(f"questions: one share must be above 0, got {self.questions}")
+        if self.questions is not None and not any(self.questions.values()):
+            raise ValueError(f"questions: one share must be above 0, got {self.questions}")
 
     def build(self) -> MotionDataset:
         return MotionDataset(
@@ -137,7 +134,7 @@ class MotionDataset(EndlessSource):
         *,
         tubes: bool = True,
         shown_fps: float | None = SHOWN_FPS,
-        questions: Mapping[str, float] | None = None,
+        questions: Mapping[MotionQuestionKind, float] | None = None,
         split: Split = "train",
     ) -> None:
         weights = dict(task_weights if task_weights is not None else MOTION_TASKS)
@@ -196,7 +193,7 @@ class MotionDataset(EndlessSource):
         """A clip and the kind of its first question. Raises DataError where no clip allows it."""
         if self.questions is None:
             return sample_motion(rng, self.config, self.split), None
-        kind: MotionQuestionKind = pick_weighted(rng, self.questions)
+        kind = pick_weighted(rng, self.questions)
         for _ in range(_MAX_TRIES):
             scene = sample_motion(rng, self.config, self.split)
             if allows_question(scene, rng, kind):
