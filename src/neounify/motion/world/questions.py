@@ -92,7 +92,7 @@ def ask_several_motion(
     """
     questions = [] if first is None else [ask_motion(scene, rng, first)]
     for kind in shuffled(rng, MOTION_QUESTIONS):
-        fits = kind != first and _ASKERS[kind](scene, rng) is not None
+        fits = kind != first and allows_question(scene, rng, kind)
         if len(questions) < count and fits:
             questions.append(ask_motion(scene, rng, kind))
     return questions
