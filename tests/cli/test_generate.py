@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,8 @@ def test_models_that_do_not_continue_clips_say_so(run: Callable[..., Any], tmp_p
         (("--frames", 8, "--negative-prompt", "<video>"), "a <video> mark without a clip"),
         (("--fps", 8), "give --frames too"),
         (("--frames", 8, "--output", "x.png"), "videos are saved as .mp4"),
+        (("--frames", 8, "--output", "x.webm"), "videos are saved as .mp4, or into a folder"),
+        (("--frames", 8, "--output", "x.MOV"), "videos are saved as .mp4, or into a folder"),
         (("--output", "x.mp4"), "images are saved as .png, or into a folder; --frames N"),
     ],
 )
@@ -298,7 +301,23 @@ def test_videos_that_cannot_be_are_refused_before_loading(
     ran = run("generate", "a star", *SMALL, "--model", moving, *options)
     assert ran.code != 0
     assert message in ran.err
-    assert not Path("outputs").exists()
+    assert not [path for path in Path().iterdir() if path.name.startswith(("outputs", "x."))]
+
+
+def test_clips_that_could_not_be_saved_are_refused_before_loading(
+    run: Callable[..., Any], moving: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    Path("lines.jsonl").write_text('{"prompt": "a star"}\n')
+    clip = (*SMALL, "--model", moving, "--frames", 8)
+    for ran in (
+        run("generate", "a star", *clip, "--output", "star.mp4"),
+        run("generate", "--input", "lines.jsonl", *clip, "--output", "many"),
+    ):
+        assert ran.code != 0
+        assert "video files need the extra 'video'" in ran.err.replace("\n", " ")
+        assert "loading" not in ran.err
+    assert not Path("star.mp4").exists()
 
 
 def test_marks_of_clips_are_refused_before_loading(run: Callable[..., Any], moving: Path) -> None:

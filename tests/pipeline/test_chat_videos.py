@@ -165,6 +165,15 @@ def test_a_short_clip_keeps_its_size_whatever_is_read_at_most() -> None:
         assert [image.size for image in shown] == [(640, 480)] * 2
 
 
+def test_what_is_a_short_clip_is_the_model_s_and_not_the_caller_s() -> None:
+    clip = Video(torch.zeros(100, 8, 8, 3, dtype=torch.uint8), Fraction(10))
+    counts = [len(read_frames(clip, TINY, None, most).images) for most in (None, 32, 6)]
+    assert counts == [10, 10, 6]
+    sampling = replace(TINY.sampling, video=replace(TINY.sampling.video, max_frames=16))
+    few = TINY.replace(sampling=sampling)  # 4 a second would be more than 16
+    assert [len(read_frames(clip, few, None, most).images) for most in (None, 12)] == [16, 12]
+
+
 def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify.Pipeline) -> None:
     with pytest.raises(VideoError, match="fps must be a finite number above 0"):
         pipe.chat("what?", video=b"", fps=0)
@@ -173,10 +182,20 @@ def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify
     for options in ({"fps": 2.0}, {"max_frames": 3}, {"tubes": True}):
         with pytest.raises(RequestError, match="are of clips: give video too"):
             pipe.chat("what?", **options)
+        with pytest.raises(RequestError, match="these Frames are chosen already"):
+            pipe.chat("what?", video=frames(2), **options)
     config = replace(pipe.config, capabilities=("chat",))
     blind = neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer)
     with pytest.raises(RequestError, match="was not trained to answer questions about videos"):
         blind.chat("what?", video=b"")
+
+
+def test_a_file_as_a_part_of_a_message_names_the_option(pipe: neounify.Pipeline) -> None:
+    for part in ({"type": "video", "video": "clip.mp4"}, {"type": "video"}):
+        with pytest.raises(PromptError, match="give a file or a Video with video="):
+            pipe.chat([{"role": "user", "content": [part]}])
+    with pytest.raises(PromptError, match=r"or \{'type': 'video', 'video': Frames"):
+        pipe.chat([{"role": "user", "content": [{"type": "sound"}]}])
 
 
 def test_clips_are_seen_in_tubes_where_a_model_can(pipe: neounify.Pipeline) -> None:

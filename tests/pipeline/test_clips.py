@@ -127,6 +127,8 @@ def test_a_clip_is_continued_as_the_list_of_its_frames_is(clips: neounify.Pipeli
     whole = clips.generate("a star", condition=clip, **settings)
     listed = clips.generate("a star", condition=taken, **settings)
     assert torch.equal(frames_of(whole), frames_of(listed))
+    images = Video(torch.from_numpy(np.stack(numbered(7))), fps=Fraction(8)).images
+    assert numbers_of(read_condition(images, clips.config, 8)) == [3, 4, 5, 6]
     matroska = clip_bytes(numbered(24), format="matroska", fps=24)  # its times are milliseconds
     assert numbers_of(read_condition(matroska, clips.config, 24)) == list(range(24))
     # Fewer frames a second than are generated stay as long as they were shown.
@@ -143,6 +145,9 @@ def test_the_rate_of_a_clip_is_taken_as_it_is(clips: neounify.Pipeline) -> None:
 def test_clips_that_cannot_be_continued_are_refused(clips: neounify.Pipeline) -> None:
     with pytest.raises(NeounifyError, match="a clip of 3 frames at 10 a second is too short"):
         read_condition(clip_bytes(numbered(3)), clips.config, 10)
+    few = Video(torch.from_numpy(np.stack(numbered(3))), fps=Fraction(10)).images
+    with pytest.raises(NeounifyError, match="a clip of 3 frames is too short to be continued"):
+        clips.generate("x", condition=few, **SIZE)
     with pytest.raises(NeounifyError, match=r"5\.0 s at 24 frames a second are more than the 96"):
         read_condition(clip_bytes(numbered(25), fps=5), clips.config)
     with pytest.raises(NeounifyError, match="fps must be a finite number above 0"):

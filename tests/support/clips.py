@@ -53,12 +53,16 @@ def clip_bytes(
     sound: bool = False,
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
 ) -> bytes:
-    """A file of `frames`, at `times` in seconds where they are given."""
+    """A file of `frames`, at `times` in seconds where they are given.
+
+    `options` are those of the format, `encoder` those of the codec.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format=format, options=options or {}) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream: Any = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate, options=encoder or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.gop_size = pix_fmt, gop
         if rotation:

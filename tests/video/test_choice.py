@@ -59,7 +59,37 @@ def test_training_takes_the_recorded_frames() -> None:
 def test_frames_of_changing_length_are_taken_by_their_times() -> None:
     clip = Timeline([0, 0.1, 0.2, 0.9, 2.5, 2.6, 4.0], 5.0)
     assert at_rate(clip, 1) == [0, 3, 5, 6]  # at 0, 1, 2 (again frame 3), 3, 4
-    assert at_rate(clip, 10, max_frames=3) == [0, 3, 6]
+    assert at_rate(clip, 10, max_frames=3) == [0, 4, 6]  # at 0, 2 and 4
+
+
+def test_a_long_clip_of_changing_length_is_covered_evenly_in_time() -> None:
+    """A second of 60 frames, and then one frame a second."""
+    clip = Timeline([n / 60 for n in range(60)] + [float(n) for n in range(1, 60)], 60.0)
+    assert at_rate(clip, 10, max_frames=4) == [0, 79, 98, 118]  # at 0, 19.67, 39.33 and 59
+    assert published(clip, max_frames=60) == [0, *range(60, 119)]
+    assert Timeline([0.0, 0.5, 9.5, 10.0], 10.5).evenly(3) == [0, 2, 3]  # the later of two
+    assert Timeline([0.0, 0.1, 0.2, 9.0, 9.1, 9.2], 9.3).evenly(5) == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize("fps", [23.976, 25, 29.97, 59.94])
+def test_rounded_times_of_a_constant_rate_are_covered_as_exact_ones(fps: float) -> None:
+    for frames in (97, 1000, 1437):
+        times = [round(number / fps, 3) for number in range(frames)]
+        rounded = Timeline(times, frames / fps, rounding=0.0005)
+        exact = [int(number * (frames - 1) / 95 + 0.5) for number in range(96)]
+        assert rounded.evenly(96) == steady(frames, fps).evenly(96) == exact
+
+
+@pytest.mark.parametrize("seconds", [5, 10, 24, 30, 300])
+def test_a_smaller_limit_never_means_more_frames(seconds: int) -> None:
+    clip, counts = steady(24 * seconds, 24), []
+    for most in (1, 4, 8, 10, 16, 32, 64, 96, 200):
+        frames = published(clip, most)
+        assert len(frames) <= most
+        counts.append(len(frames))
+    assert counts == sorted(counts)
+    if seconds <= 24:
+        assert published(clip, 32) == published(clip) == list(range(0, 24 * seconds, 24))
 
 
 def test_times_that_a_file_rounds_still_show_their_frame() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from neounify.errors import VideoError
 from neounify.image.clips import frame_levels
-from neounify.video.boxes import find_xmp
+from neounify.provenance.metadata import read_provenance
+from neounify.video.boxes import find_xmp, xmp_box
 from neounify.video.clip import Video, encode_video, read_fps
 
 
@@ -55,6 +56,13 @@ def test_metadata_is_read_back_and_the_clip_still_plays(tmp_path: Path) -> None:
     assert find_xmp(io.BytesIO((tmp_path / "clip.mp4").read_bytes())) == b"<x:xmpmeta/>"
     assert len(decoded(tmp_path / "clip.mp4")[0]) == 3
     assert find_xmp(io.BytesIO(clip.to_bytes())) == b""
+
+
+def test_boxes_beyond_the_end_of_a_file_hold_no_metadata() -> None:
+    damaged = b"\0\0\0\x01mdat" + b"\xff" * 8  # of 2^64 - 1 bytes
+    assert find_xmp(io.BytesIO(damaged)) == b""
+    assert read_provenance(damaged) == {}
+    assert find_xmp(io.BytesIO(damaged + xmp_box(b"<x:xmpmeta/>"))) == b""
 
 
 def test_a_failed_save_leaves_the_file_of_before(tmp_path: Path) -> None:

@@ -48,13 +48,15 @@ def patched(data: bytes, box: bytes, offset: int, form: str, *values: int) -> by
     return bytes(changed)
 
 
-def of_packets(packets: Sequence[bytes], size: tuple[int, int] = (48, 32)) -> bytes:
+def of_packets(
+    packets: Sequence[bytes], size: tuple[int, int] = (48, 32), codec: str = "mjpeg"
+) -> bytes:
     """An AVI whose header says `size`, of JPEGs, or of what else stands for them."""
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as container:
-        stream: Any = container.add_stream("mjpeg", rate=10)
+        stream: Any = container.add_stream(codec, rate=10)
         stream.width, stream.height = size
-        stream.pix_fmt = "yuvj420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         container.start_encoding()
         for number, data in enumerate(packets):
             packet = av.Packet(data)
@@ -164,14 +166,48 @@ def test_a_size_in_the_header_of_an_avi_gives_way_to_that_of_the_frames() -> Non
 def test_damaged_frames_show_the_one_before() -> None:
     packets = [jpeg(n) for n in range(12)]
     packets[4:7] = [b"\xff\xd8 no image"] * 3
-    assert numbers_of(decoded(of_packets(packets))[1]) == [0, 1, 2, 3, 7, 7, 7, *range(7, 12)]
+    assert numbers_of(decoded(of_packets(packets))[1]) == [0, 1, 2, 3, 3, 3, 3, *range(7, 12)]
+    packets[:2] = [b"\xff\xd8 no image"] * 2  # none is before them
+    assert numbers_of(decoded(of_packets(packets))[1])[:5] == [2, 2, 2, 3, 3]
     assert refused(of_packets([b"no image"] * 9)) == "no frame can be decoded: damaged or cut off"
+
+
+def packed(count: int, gop: int) -> list[bytes]:
+    """Packets of MPEG-4 as DivX and Xvid wrote them to AVI: a B-frame in that of the P-frame before
+    it, and for it an empty one.
+    """
+    settings = {"b": "2M", "bf": "1", "b_strategy": "0", "sc_threshold": "1000000000"}
+    with av.open(io.BytesIO(), "w", format="avi") as container:
+        stream: Any = container.add_stream("mpeg4", rate=10, options=settings)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 32, 48, "yuv420p", gop
+        packets = []
+        for number, array in enumerate(numbered(count)):
+            frame = av.VideoFrame.from_ndarray(array, "rgb24")
+            frame.pts = number
+            packets += stream.encode(frame)
+        packets = [bytes(packet) for packet in packets + stream.encode()]
+    mark, maker = b"\0\0\x01\xb6", b"\0\0\x01\xb2DivX503b1393p"
+    kinds = [packet[packet.index(mark) + 4] >> 6 for packet in packets]  # 0: I, 1: P, 2: B
+    assert kinds.count(2) > count // 3
+    packets[0] = packets[0].replace(mark, maker + mark)
+    empty = mark + bytes([0b01010000, 0b10011111])
+    kinds.append(0)
+    return [
+        empty if kind == 2 else packet + (packets[number + 1] if kinds[number + 1] == 2 else b"")
+        for number, (packet, kind) in enumerate(zip(packets, kinds, strict=False))
+    ]
+
+
+def test_packed_frames_are_shown_in_their_order() -> None:
+    data = of_packets(packed(31, 6), codec="mpeg4")
+    assert numbers_of(decoded(data)[1]) == list(range(31))
+    assert numbers_of(decoded(data, FrameChoice(fps=0.7))[1]) == [0, 14, 28]
 
 
 def test_gifs_that_unpack_to_gigabytes_are_bounded() -> None:
     bomb = gif((3000, 3000), 8)
     assert 500 * len(bomb) < 8 * 3000**2 * 3
-    video = read_video(bomb, FrameChoice(max_frames=2), frame_pixels=10**4)
+    video = read_video(bomb, FrameChoice(fps=10, max_frames=2), frame_pixels=10**4)
     assert (video.clip.frames, len(video.images)) == (8, 2)
     assert video.clip.size[0] * video.clip.size[1] <= 10**4
     assert "no pixels, or more than the 36000000" in refused(gif((6100, 6000), 2))

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import math
 import struct
 import threading
 import time
@@ -24,6 +25,13 @@ from neounify.video.read import read_video
 from support.clips import clip_bytes, numbered, numbers_of, of_streams
 
 EVERY = FrameChoice(fps=1000, max_frames=1000)
+B_FRAMES = {
+    "libx264": {"x264-params": "b-adapt=0:scenecut=0"},
+    "mpeg4": {"b": "2M", "bf": "2", "sc_threshold": "1000000000"},
+}
+"""Settings of encoders for B-frames, which are stored in another order than they are shown in."""
+OPEN = {"x264-params": "b-adapt=0:scenecut=0:open-gop=1"}
+"""Those for B-frames that are stored after a keyframe and shown before it."""
 
 
 def decoded(
@@ -52,7 +60,12 @@ def decoded(
         ("matroska", "libx264", "yuv420p"),
         ("webm", "libvpx-vp9", "yuv420p"),
         ("webm", "libvpx", "yuv420p"),
+        ("matroska", "libx265", "yuv420p"),
+        ("matroska", "mpeg4", "yuv420p"),
+        ("avi", "libx264", "yuv420p"),
         ("avi", "mpeg4", "yuv420p"),
+        ("avi", "msmpeg4", "yuv420p"),
+        ("avi", "msmpeg4v2", "yuv420p"),
         ("avi", "mjpeg", "yuvj420p"),
         ("gif", "gif", "rgb8"),
     ],
@@ -61,7 +74,8 @@ def test_every_kind_is_read(format: str, codec: str, pix_fmt: str) -> None:
     # x265 4.2 corrupts memory for a width or height below 64, and tests after it are aborted.
     width, height = (128, 96) if codec == "libx265" else (48, 32)
     frames = numbered(20, height, width)
-    data = clip_bytes(frames, format=format, codec=codec, pix_fmt=pix_fmt)
+    encoder = B_FRAMES.get(codec)
+    data = clip_bytes(frames, format=format, codec=codec, pix_fmt=pix_fmt, encoder=encoder)
     clip, images = decoded(data, FrameChoice(fps=5))
     assert (clip.frames, clip.size, clip.has_sound) == (20, (width, height), False)
     assert clip.seconds == pytest.approx(2.0, abs=0.01)
@@ -104,7 +118,13 @@ def test_one_frame_is_a_clip() -> None:
     assert (clip.frames, clip.times, len(images)) == (1, [0], 1)
 
 
-def test_frames_that_follow_a_keyframe_are_not_all_decoded(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("format", "codec"),
+    [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "libx264"), ("avi", "mpeg4")],
+)
+def test_frames_that_follow_a_keyframe_are_not_all_decoded(
+    format: str, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted = []
     original = decode._Decoder._decoded
 
@@ -115,23 +135,50 @@ def test_frames_that_follow_a_keyframe_are_not_all_decoded(monkeypatch: Any) -> 
 
     monkeypatch.setattr(decode._Decoder, "_decoded", count)
     frames = [np.full((16, 16, 3), number % 256, np.uint8) for number in range(600)]
-    data = clip_bytes(frames, gop=10)
+    data = clip_bytes(frames, format=format, codec=codec, gop=10, encoder=B_FRAMES[codec])
     clip, images = decoded(data, FrameChoice(max_frames=4, fps=100))
     assert [round(time * 10) for time in clip.times] == [0, 200, 399, 599]
     levels = [int(np.asarray(image).mean()) for image in images]
     assert np.abs(np.array(levels) - np.array([0, 200, 399 - 256, 599 - 512])).max() <= 2
-    assert len(counted) < 60
+    assert len(counted) < 33  # at most the 10 that follow each keyframe, and one for the delay
 
 
-@pytest.mark.parametrize("format", ["mp4", "matroska"])
-def test_seeking_gives_the_frames_of_decoding_everything(format: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "codec", "encoder"),
+    [
+        *((format, "libx264", B_FRAMES["libx264"]) for format in ("mp4", "matroska", "avi")),
+        *((format, "libx264", OPEN) for format in ("mp4", "matroska", "avi")),
+        *((format, "mpeg4", B_FRAMES["mpeg4"]) for format in ("mp4", "matroska", "avi")),
+        ("avi", "libx264", {"x264-params": "bframes=8:b-adapt=0:scenecut=0"}),
+        ("avi", "libx264", {"bf": "0"}),
+    ],
+)
+def test_seeking_gives_the_frames_of_decoding_everything(
+    format: str, codec: str, encoder: dict[str, str]
+) -> None:
     frames = numbered(32) * 4
-    data = clip_bytes(frames, format=format, gop=7)
+    data = clip_bytes(frames, format=format, codec=codec, gop=7, encoder=encoder)
     everything = numbers_of(decoded(data, EVERY)[1])
     assert everything == list(range(32)) * 4
-    some = decoded(data, FrameChoice(fps=0.9, max_frames=100))[1]
-    clip = decoded(data, FrameChoice(fps=0.9, max_frames=100))[0]
-    assert numbers_of(some) == [everything[round(time * 10)] for time in clip.times]
+    for choice in (FrameChoice(fps=0.9, max_frames=100), FrameChoice(fps=10, max_frames=9)):
+        clip, some = decoded(data, choice)
+        assert numbers_of(some) == [everything[round(time * 10)] for time in clip.times]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mjpeg"])
+@pytest.mark.parametrize("fps", [Fraction(30000, 1001), 24, 12])
+def test_avi_counts_frames_and_gives_those_of_mp4(codec: str, fps: float) -> None:
+    frames = numbered(32) * 4
+    settings: dict[str, Any] = {"codec": codec, "fps": fps, "encoder": B_FRAMES.get(codec)}
+    settings["pix_fmt"] = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    files = [clip_bytes(frames, format=format, **settings) for format in ("avi", "mov")]
+    for choice in (FrameChoice(), FrameChoice(fps=24), FrameChoice(fps=7), FrameChoice(fps=60)):
+        (avi, shown), (mov, wanted) = (decoded(data, choice) for data in files)
+        assert avi.times == pytest.approx(mov.times, abs=1e-3)
+        assert numbers_of(shown) == numbers_of(wanted)
+    clip = decoded(files[0])[0]
+    first = [math.floor(n * fps + 1e-9) / float(fps) for n in range(math.ceil(128 / fps))]
+    assert clip.times == pytest.approx(first)
 
 
 # --- pixels ---

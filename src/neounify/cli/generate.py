@@ -36,6 +36,7 @@ from neounify.cli.options import (
 from neounify.cli.videos import ConditionFile, read_condition_file
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
+from neounify.video.library import video_library
 
 if TYPE_CHECKING:
     from neounify.cli.images import ImageJob, RecordedImage
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 OTHER_SUFFIXES = (
     *(".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".avif", ".heic", ".json"),
+    *(".webm", ".mov", ".mkv", ".avi", ".m4v"),
 )
 """Endings of --output, besides .png and .mp4, that name a file and not a folder."""
 
@@ -109,6 +111,7 @@ def generate_prompts(
     before = read_condition_file(condition, options, config)
     for prompt in prompts:
         check_image_request(prompt, options, config, inputs, before)
+    _check_encoder(options)
     if exact is not None and not output.overwrite:
         check_free(exact)
     folder = writable_folder(output.output if exact is None else exact.parent)
@@ -176,6 +179,7 @@ def generate_batch(
         before = read_condition_file(_condition(line), line.options, config)
         images = read_images(line.paths(IMAGES))
         check_image_request(line.prompt, line.options, config, images, before)
+        _check_encoder(line.options)
 
     with locked_folder(folder):
         results = Results(folder)
@@ -248,6 +252,14 @@ def _suffix(options: GenerateOptions) -> str:
     from neounify.cli.checks import of_clips
 
     return ".mp4" if of_clips(options) else ".png"
+
+
+def _check_encoder(options: GenerateOptions) -> None:
+    """VideoError where clips are asked for that could not be saved."""
+    from neounify.cli.checks import of_clips
+
+    if of_clips(options):
+        video_library()
 
 
 def _exact_file(output: ImageOutputOptions, images: int, wanted: str) -> Path | None:

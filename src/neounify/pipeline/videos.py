@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from neounify.config import ModelConfig
-from neounify.errors import VideoError
+from neounify.errors import RequestError, VideoError
 from neounify.image.io import ImageSource
 from neounify.tasks.chat import read_images
 from neounify.tasks.clips import Frames, frame_bounds
@@ -40,6 +40,7 @@ def frame_choice(
     return FrameChoice(
         fps=fps,
         max_frames=video.max_frames if max_frames is None else max_frames,
+        model_frames=video.max_frames,
         sample_fps=video.sample_fps,
         tube_fps=video.tube_fps,
         tubes=config.seen_tube_frames if tubes else 0,
@@ -73,10 +74,17 @@ def read_frames(
 ) -> Frames:
     """Frames of a clip, for a model of `config`.
 
-    With `tubes` several are seen as one, where the clip is long enough and not too long. Raises
-    VideoError, and RequestError for a model without an embedding of tubes.
+    With `tubes` several are seen as one, where the clip is long enough and not too long. Frames
+    are chosen already. Raises VideoError, and RequestError for a model without an embedding of
+    tubes, and for options beside Frames.
     """
     if isinstance(source, Frames):
+        if fps is not None or max_frames is not None or tubes:
+            raise RequestError(
+                "fps, max_frames and tubes choose frames of files and Videos, and these Frames "
+                "are chosen already: leave them out, or give the file or the Video",
+                param="video",
+            )
         return source
     if isinstance(source, Video):
         choice = frame_choice(config, fps, max_frames, tubes)
@@ -120,17 +128,18 @@ def read_condition(
 ) -> list[Image.Image]:
     """Frames of a clip that is continued at `fps` a second; None is the checkpoint's rate.
 
-    A list of frames is taken as it is, a clip as `frames_before` takes it. Raises RequestError for
-    a model that was not trained for it; VideoError and ImageError.
+    A list of frames is at that rate, a clip is taken as `frames_before` takes it; of both the first
+    frames are left out that fill no tube. Raises RequestError for a model that was not trained for
+    it; VideoError and ImageError.
     """
     config.check_can("continue_video")
-    if not isinstance(source, Video | str | PathLike | bytes | bytearray | memoryview):
+    try:
+        if isinstance(source, Video | str | PathLike | bytes | bytearray | memoryview):
+            return frames_before(source, config, fps, max_frames, limits=limits, reserve=reserve)
         images = read_images(source, colour_profiles=colour_profiles)
         if not images:
-            raise VideoError("the clip to continue has no frames", param="condition")
-        return images
-    try:
-        return frames_before(source, config, fps, max_frames, limits=limits, reserve=reserve)
+            raise VideoError("the clip to continue has no frames")
+        return _whole_tubes(images, config)
     except VideoError as error:
         error.param = "condition"
         raise
@@ -164,13 +173,7 @@ def frames_before(
             f"{timeline.end:.1f} s at {rate:g} frames a second are more than the {most} frames "
             "that are continued here; give a shorter clip"
         )
-    tube = config.seen_tube_frames
-    if len(shown) < tube:
-        raise VideoError(
-            f"a clip of {len(shown)} frames at {rate:g} a second is too short to be continued; "
-            f"this model needs {tube}"
-        )
-    return [images[number] for number in shown[len(shown) % tube :]]
+    return _whole_tubes([images[number] for number in shown], config, f" at {rate:g} a second")
 
 
 def read_shown(
@@ -184,6 +187,19 @@ def read_shown(
     """The chosen frames of a file, for a model to look at. Raises VideoError."""
     area = reserve * frame_bounds(config, 1)[1]
     return read_video(source, choice, limits=limits, frame_pixels=area)
+
+
+def _whole_tubes(
+    images: Sequence[Image.Image], config: ModelConfig, rate: str = ""
+) -> list[Image.Image]:
+    """The frames without the first ones that fill no tube. Raises VideoError for too few."""
+    tube = config.seen_tube_frames
+    if len(images) < tube:
+        raise VideoError(
+            f"a clip of {len(images)} frames{rate} is too short to be continued; this model needs "
+            f"{tube}"
+        )
+    return list(images[len(images) % tube :])
 
 
 def _timeline_of(video: Video) -> Timeline:

@@ -61,9 +61,15 @@ def _read_part(part: Any, role: Any) -> Part:
                     f"only user and assistant messages hold images, this one is {role!r}"
                 )
             return ImagePart(part["image"])
+        if part.get("type") == "video":
+            raise PromptError(
+                "a content part of a clip must be {'type': 'video', 'video': Frames(…)}, of frames "
+                "that are chosen already; give a file or a Video with video=, got "
+                f"{_short(part)}"
+            )
     raise PromptError(
-        "a content part must be {'type': 'text', 'text': …} or {'type': 'image', 'image': …}, "
-        f"got {_short(part)}"
+        "a content part must be {'type': 'text', 'text': …}, {'type': 'image', 'image': …} or "
+        f"{{'type': 'video', 'video': Frames(…)}}, got {_short(part)}"
     )
 
 

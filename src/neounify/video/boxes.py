@@ -61,3 +61,5 @@ def stated_boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
             return
         yield kind, position + length, size - length
         position += size
+        if position >= end:  # also where no file is so long that it can be sought
+            return

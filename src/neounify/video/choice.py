@@ -42,14 +42,15 @@ def finite_number(value: Any) -> float | None:
 class FrameChoice:
     """Which frames of a clip are read.
 
-    `fps` samples per second, None for the rule of `published` with the model's rates; at most
-    `max_frames`, which a longer clip is covered by evenly. With `tubes`, the frames of one, the
-    rule of `dense` where it applies. With `multiple`, the rule of `consecutive`, which needs `fps`;
-    `cut` is its own. Raises VideoError.
+    `fps` samples per second, None for the rule of `published` with the model's rates and its
+    `model_frames`; at most `max_frames`, which a longer clip is covered by evenly. With `tubes`,
+    the frames of one, the rule of `dense` where it applies. With `multiple`, the rule of
+    `consecutive`, which needs `fps`; `cut` is its own. Raises VideoError.
     """
 
     fps: float | None = None
     max_frames: int = MAX_FRAMES
+    model_frames: int = MAX_FRAMES
     sample_fps: float = SAMPLE_FPS
     tube_fps: float = TUBE_FPS
     tubes: int = 0
@@ -85,7 +86,8 @@ class FrameChoice:
             if frames is not None:
                 return frames, True
         if self.fps is None:
-            return published(clip, self.max_frames, self.sample_fps, self.tube_fps), False
+            rule = self.model_frames, self.sample_fps, self.tube_fps
+            return published(clip, self.max_frames, *rule), False
         return at_rate(clip, self.fps, self.max_frames), False
 
 
@@ -93,7 +95,8 @@ class FrameChoice:
 class Timeline:
     """Times of all frames of a clip in seconds from the first, ascending, and its end.
 
-    `rounding` is the greatest error of a time: half the unit that its file counts in.
+    `rounding` is the greatest error of a time: half the unit that its file counts in, 0 where that
+    is a frame.
     """
 
     times: Sequence[float]
@@ -126,27 +129,48 @@ class Timeline:
         return None if count > limit else self.shown(fps, count)
 
     def evenly(self, count: int) -> list[int]:
-        """`count` frames from the first to the last, evenly; all where there are no more."""
+        """The frames nearest to `count` times from the first to the last, evenly.
+
+        All where there are no more; fewer where one frame is the nearest to several times.
+        """
         last = len(self.times) - 1
         if count > last:
             return list(range(last + 1))
         if count == 1:
             return [0]
-        return [math.floor(number * last / (count - 1) + 0.5) for number in range(count)]
+        if self._is_steady:  # exact, where times are rounded
+            return [math.floor(number * last / (count - 1) + 0.5) for number in range(count)]
+        times = [number * self.times[last] / (count - 1) for number in range(count)]
+        return _merged([self._nearest(time) for time in times])
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether all frames but the last are equally long, up to the rounding of their times."""
+        step = self.times[-1] / max(1, len(self.times) - 1)
+        slack = self._slack + self.rounding  # of this time, and of the first or the last
+        return all(abs(time - n * step) <= slack for n, time in enumerate(self.times))
+
+    def _nearest(self, time: float) -> int:
+        """The frame that begins nearest to a time, the later one of two."""
+        after = min(bisect_right(self.times, time), len(self.times) - 1)
+        before = max(0, after - 1)
+        return before if time - self.times[before] < self.times[after] - time else after
 
 
 def published(
     clip: Timeline,
     max_frames: int = MAX_FRAMES,
+    model_frames: int = MAX_FRAMES,
     sample_fps: float = SAMPLE_FPS,
     tube_fps: float = TUBE_FPS,
 ) -> list[int]:
     """Frames as the published command takes them, each an image.
 
-    `sample_fps` a second where `tube_fps` would be at most `max_frames`, so up to 24 s for 96;
-    else, and for clips of fewer frames than `sample_fps` a second, `max_frames` evenly.
+    `sample_fps` a second where `tube_fps` would be at most `model_frames`, so up to 24 s for 96;
+    else, for clips of fewer frames than `sample_fps` a second, and where the samples would be more
+    than `max_frames`, `max_frames` evenly.
     """
-    is_short = clip.sample(tube_fps, max_frames) is not None
+    is_short = clip.count(tube_fps) <= model_frames
     frames = clip.sample(sample_fps, max_frames) if is_short and clip.fps >= sample_fps else None
     return clip.evenly(max_frames) if frames is None else _merged(frames)
 

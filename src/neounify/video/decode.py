@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif")
 KINDS = "MP4, MOV, WebM, Matroska, AVI or GIF"
 CODECS = (
     *("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg"),
-    *("msmpeg4v2", "msmpeg4v3", "gif", "prores", "rawvideo", "png", "ffv1"),
+    *("msmpeg4v2", "msmpeg4", "gif", "prores", "rawvideo", "png", "ffv1"),
 )
 """FFmpeg's names of the decoders that are used."""
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -83,7 +83,7 @@ class Clip:
     in_tubes: bool
     """Whether the chosen frames are seen in tubes, as `FrameChoice.tubes` asks for."""
     rounding: float = 0.0
-    """The greatest error of a time, in seconds: half the unit that the file counts in."""
+    """The greatest error of a time, in seconds; 0 where the file counts frames."""
 
 
 class MeteredFile:
@@ -130,12 +130,16 @@ class _Decoder:
         self._bytes, self._stated_bytes = file.seek(0, 2), stated_end(file)
         file.seek(0)
         self._container = self._open(MeteredFile(file, limits.seconds))
+        # Times that FFmpeg makes up are those of decoding, and wrong for B-frames of H.264.
+        self._container.flags &= ~self._av.container.Flags.gen_pts.value
         self._stream = self._find_stream()
         self._context = self._find_context()
         self._unit = self._stream.time_base or Fraction(1, 1000)
         self._stamps: list[int] = []
-        self._keys: list[tuple[int, int]] = []
-        """(time stamp, decoding time stamp) of the frames at which decoding may begin."""
+        self._keys: list[int] = []
+        """Time stamps of the frames at which decoding may begin."""
+        self._delay: int | None = None
+        """Frames by which decoding is ahead; None where the file says when each is shown."""
 
     def start(self) -> tuple[Clip, Iterator[np.ndarray]]:
         timeline = self._scan()
@@ -241,7 +245,7 @@ class _Decoder:
     def _scan(self) -> Timeline:
         """The times of all frames, from the packets alone."""
         last = (-(2**63), 0)  # the greatest time stamp, and where its frame ends
-        count, is_whole = 0, True
+        count, is_whole, has_times = 0, True, True
         for packet in self._packets():
             if not packet.size:
                 continue
@@ -251,8 +255,9 @@ class _Decoder:
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
                 continue
+            has_times = has_times and packet.pts is not None
             if packet.is_keyframe:
-                self._keys.append((stamp, stamp if packet.dts is None else packet.dts))
+                self._keys.append(stamp)
             if packet.is_discard:  # cut off by an edit list: decoded for what follows, not shown
                 continue
             self._stamps.append(stamp)
@@ -263,7 +268,16 @@ class _Decoder:
         self._check_end(timeline, count if is_whole else 0)
         if timeline is None:
             raise self._error("has no frames")
+        if not has_times:
+            self._delay = self._find_delay()
         return timeline
+
+    def _find_delay(self) -> int:
+        """How many frames are decoded before the first one is shown, without times in the file."""
+        self._delay = 0
+        self._seek_start()
+        first = next(self._decoded(), None)
+        return 0 if first is None or first.pts is None else bisect_left(self._stamps, first.pts)
 
     def _check_end(self, timeline: Timeline | None, count: int) -> None:
         """Raise VideoError where the file ends before the frames that its container states.
@@ -322,7 +336,13 @@ class _Decoder:
         if not math.isfinite(end) or end > self._limits.length:
             raise VideoError(f"lasts {end:.0f} seconds; at most {self._limits.length:.0f} are read")
         times = [float((stamp - first) * self._unit) for stamp in self._stamps]
-        return Timeline(times, end, rounding=float(self._unit) / 2)
+        return Timeline(times, end, rounding=self._rounding())
+
+    def _rounding(self) -> float:
+        """The greatest error of a time stamp, in seconds; none where frames are what is counted."""
+        gap = min((after - before for before, after in pairwise(self._stamps)), default=1)
+        counts_frames = gap == 1 or self._container.format.name == "avi"
+        return 0.0 if counts_frames else float(self._unit) / 2
 
     def _packets(self) -> Iterator[Packet[VideoStream]]:
         """The packets from here on; the last, empty one ends decoding. Raises VideoError."""
@@ -335,46 +355,46 @@ class _Decoder:
     # --- frames ---
 
     def _frames(self, stamps: list[int]) -> Iterator[np.ndarray]:
-        """The frames at ascending time stamps; where decoding ends early, the last one instead."""
+        """The frames at ascending time stamps; for those that are missing, the ones before."""
         frame: VideoFrame | None = None
+        following: VideoFrame | None = None
         decoded: Iterator[VideoFrame] = iter(())
         for stamp in stamps:
-            if frame is None or self._skips_much(_stamp_of(frame, stamp), stamp):
-                decoded = self._decode_to(stamp)
-            while frame is None or _stamp_of(frame, stamp) < stamp:
-                following = next(decoded, None)
-                if following is None:
+            if frame is None or self._skips_much(_stamp_of(frame), stamp):
+                decoded, following = self._decode_to(stamp), None
+            while frame is None or _stamp_of(frame) < stamp:
+                following = following or next(decoded, None)
+                if following is None or (frame is not None and _stamp_of(following) > stamp):
                     break
-                frame = following
+                frame, following = following, None
             if frame is None:
                 raise VideoError("no frame can be decoded: damaged or cut off")
             self._check_size(frame.width, frame.height)
             yield self._array(frame)
 
-    def _key_before(self, stamp: int) -> tuple[int, int] | None:
-        """The last frame up to `stamp` at which decoding may begin."""
-        number = bisect_right(self._keys, (stamp, 2**63))
-        return self._keys[number - 1] if number else None
-
     def _skips_much(self, current: int, stamp: int) -> bool:
         """Whether seeking to `stamp` passes more than a few frames."""
-        key = self._key_before(stamp)
-        if key is None or key[0] <= current:
-            return False
-        return bisect_right(self._stamps, key[0]) - bisect_right(self._stamps, current) > _NEAR
+        number = bisect_right(self._keys, stamp)
+        key = self._keys[number - 1] if number else current
+        return bisect_right(self._stamps, key) - bisect_right(self._stamps, current) > _NEAR
 
     def _decode_to(self, stamp: int) -> Iterator[VideoFrame]:
         """Frames from one before `stamp` on, or from `stamp` itself."""
-        key = self._key_before(stamp)
-        if key is not None and key != self._keys[0] and self._seek(key[1]):
-            decoded = self._decoded()
-            first = next(decoded, None)
-            if first is not None and _stamp_of(first, stamp) <= stamp:
-                yield first
-                yield from decoded
-                return
-        self._seek(min(self._stamps[0], self._keys[0][1] if self._keys else 0))
+        number = bisect_right(self._keys, stamp)
+        # The last one may be shown after `stamp`, where the file does not say when it is.
+        for key in reversed(self._keys[max(1, number - 2) : number]):
+            if self._seek(key):
+                decoded = self._decoded()
+                first = next(decoded, None)
+                if first is not None and _stamp_of(first) <= stamp:
+                    yield first
+                    yield from decoded
+                    return
+        self._seek_start()
         yield from self._decoded()
+
+    def _seek_start(self) -> None:
+        self._seek(min(self._stamps[0], self._keys[0] if self._keys else 0))
 
     def _seek(self, stamp: int) -> bool:
         try:
@@ -385,12 +405,22 @@ class _Decoder:
         return True
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """All frames from here on; packets that are damaged are passed over."""
+        """All frames from here on that have a time; packets that are damaged are passed over."""
+        number = -1
         for packet in self._packets():
             try:
-                yield from self._context.decode(packet)
+                frames = self._context.decode(packet)
             except self._av.FFmpegError:
                 continue
+            for frame in frames:
+                if self._delay is not None:
+                    # Frames leave the decoder in the order in which they are shown.
+                    number += 1
+                    if frame.dts is not None:
+                        number = bisect_left(self._stamps, frame.dts) - self._delay
+                    frame.pts = self._stamps[max(0, min(number, len(self._stamps) - 1))]
+                if frame.pts is not None:
+                    yield frame
 
     def _array(self, frame: VideoFrame) -> np.ndarray:
         """The frame as RGB: reduced, upright, on white."""
@@ -423,8 +453,10 @@ def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> Any:
     raise VideoError("refers to another file or address, which is not read")
 
 
-def _stamp_of(frame: VideoFrame, otherwise: int) -> int:
-    return otherwise if frame.pts is None else frame.pts
+def _stamp_of(frame: VideoFrame) -> int:
+    """The time stamp of a frame of `_decoded`."""
+    assert frame.pts is not None
+    return frame.pts
 
 
 def _turned(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:

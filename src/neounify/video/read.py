@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,10 @@ VideoSource = str | PathLike[str] | bytes | bytearray | memoryview
 
 FRAME_PIXELS = 4 * 448**2
 """Area to which larger frames are reduced: four times what the published models read of one."""
+PROCESS_STARTED: ContextVar[Callable[[subprocess.Popen[bytes]], None] | None] = ContextVar(
+    "PROCESS_STARTED", default=None
+)
+"""Called in its context with each process that decodes, so that another thread can kill it."""
 _START_SECONDS = 20.0
 """For the start of the process, beside the seconds that decoding may take."""
 _OUT_OF_TIME = (-9, -24)
@@ -142,6 +147,8 @@ def _run(request: str, file: IO[bytes], limits: VideoLimits, name: str) -> bytes
     )
     with process:
         try:
+            if (started := PROCESS_STARTED.get()) is not None:
+                started(process)
             output, reason = process.communicate(timeout=limits.seconds + _START_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
