@@ -65,8 +65,13 @@ async def settled(service: EngineService) -> dict[str, float]:
 
 
 def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline) -> None:
+    admitted: list[int] = []
+
+    async def one(service: EngineService, number: int) -> Any:
+        return await collect(service, chatting(), admitted=lambda: admitted.append(number))
+
     async def work(service: EngineService) -> tuple[list[Any], Any]:
-        tasks = [asyncio.ensure_future(collect(service, chatting())) for _ in range(6)]
+        tasks = [asyncio.ensure_future(one(service, number)) for number in range(6)]
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         return answers, await collect(service, chatting())
 
@@ -74,6 +79,7 @@ def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline
     refused = [a for a in answers if isinstance(a, Overloaded)]
     assert len(refused) == 2
     assert all(a.retry_after >= 1 for a in refused)
+    assert admitted == [n for n, a in enumerate(answers) if not isinstance(a, Overloaded)]
     assert all(a.text == later.text for a in answers if not isinstance(a, Overloaded))
 
 

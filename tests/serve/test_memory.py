@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import neounify
 from neounify.checkpoint import CheckpointFolder
 from neounify.checkpoint.gguf_save import save_gguf
 from neounify.checkpoint.load import SPARE_BYTES
 from neounify.checkpoint.quantise_files import quantise_checkpoint
-from neounify.errors import MemoryPlanError, RequestError
+from neounify.checkpoint.sizes import kept_weights
+from neounify.errors import CheckpointError, MemoryPlanError, RequestError
 from neounify.flow.sampling import ImageSampling
+from neounify.runtime.memory_plan import default_task, peak_bytes, working_bytes
 from neounify.serve.build import Mode, ServeConfig, build_service
 from neounify.serve.memory import SMALL, EngineMemory, _is_small, cached_tokens
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.image import ImageRequest
+from support.lora_files import lora_tensors
 from support.serving import collect, same_image, serve
 
 
@@ -63,6 +68,38 @@ def test_engines_take_what_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         loaded(1e10, memory="stream")
     with pytest.raises(RequestError, match="memory 'some' is unknown"):
         EngineMemory(memory="some")  # type: ignore[arg-type]
+
+
+def test_adapters_beside_codes_count(
+    pipe: neounify.Pipeline, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is quantised, whose memory holds its codes but not the LoRA beside them."""
+    file = tmp_path / "lora.safetensors"
+    targets = [f"language_model.model.layers.{n}.mlp.down_proj" for n in range(2)]
+    save_file(lora_tensors(pipe.config, targets, rank=8192), file)
+    checkpoint = CheckpointFolder.open(folder)
+    kept = kept_weights(checkpoint, torch.float32, quantise="int8")
+    working = working_bytes(pipe.config, default_task(pipe.config), 4)
+    enough = peak_bytes(kept.weights, "all", working, unified=True) + 1
+    for module in ("rates", "plan"):
+        monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: int(enough))
+    memory = EngineMemory(memory="all")
+    place = (folder, None, "float32", "cpu")
+    assert memory.of_load(*place, quantise="int8")["memory"] == "all"
+    with pytest.raises(MemoryPlanError, match="memory='all' peaks"):
+        memory.of_load(*place, quantise="int8", lora=((file, 1.0),))
+
+
+def test_a_config_of_fewer_layers_is_one_error(
+    pipe: neounify.Pipeline, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = quantise_checkpoint(CheckpointFolder.open(folder), tmp_path / "codes", "int8")
+    document = json.loads((target / "config.json").read_text())
+    document["llm_config"]["num_hidden_layers"] -= 1
+    (target / "config.json").write_text(json.dumps(document))
+    monkeypatch.setattr("neounify.serve.memory._is_small", lambda *_: False)
+    with pytest.raises(CheckpointError, match="the weights do not fit the model in "):
+        EngineMemory().of_load(target, None, "float32", "cpu")
 
 
 @pytest.mark.parametrize("preset", ["int8", "q8_0"])

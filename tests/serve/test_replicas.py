@@ -162,6 +162,13 @@ def test_urls_of_results_are_refused(server: Server) -> None:
         assert "b64_json" in json.load(answer)["error"]["message"]
 
 
+def test_videos_are_refused(server: Server) -> None:
+    for path, body in (("/v1/videos", {"prompt": "a boat"}), ("/v1/videos/video_x", None)):
+        with server.asked(path, body) as answer:
+            assert answer.status == 501
+            assert "one of several replicas" in json.load(answer)["error"]["message"]
+
+
 def test_a_killed_replica_comes_back_while_the_other_answers(server: Server) -> None:
     before = server.replicas()
     killed, left = before

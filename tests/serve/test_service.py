@@ -25,7 +25,7 @@ from neounify.errors import RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
-from neounify.serve import service as service_module
+from neounify.serve import context as context_module
 from neounify.serve.build import Mode, ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClients
 from neounify.serve.engines import EngineConfig
@@ -370,7 +370,7 @@ def test_long_work_leaves_the_event_loop(
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
         monkeypatch.setattr(service.clients.transport, "copies", True)
         monkeypatch.setattr(service.clients.transport, "pack", watched("pack", pack))
-        monkeypatch.setattr(service_module, "_digest", watched("digest", service_module._digest))
+        monkeypatch.setattr(context_module, "_digest", watched("digest", context_module._digest))
         await collect(service, request)
         return threading.get_ident()
 

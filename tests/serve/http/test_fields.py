@@ -15,8 +15,8 @@ from neounify.config.sampling import MAX_GUIDANCE
 from neounify.image.pixels import size_of_shape
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
-from neounify.serve.http.fields import ALIASES, WRAPPED
 from neounify.serve.http.images import ImageBody
+from neounify.serve.http.names import ALIASES, WRAPPED
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import http.client
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from fastapi.testclient import TestClient
@@ -17,7 +25,7 @@ from neounify.serve.safety.hooks import Hooks
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.clips import ClipPiece
 from support.clips import clip_bytes, numbered, numbers_of
-from support.http_server import data_url, png
+from support.http_server import data_url, png, running, wait_until
 from support.scripted_service import Scripted
 
 CLIP = clip_bytes(numbered(20))
@@ -175,3 +183,117 @@ def test_limits_of_clips(service: Scripted) -> None:
         choice = {"video": {"num_frames": 5}}
         error = refused(ask(client, *[video(clip_url())] * 2, media_io_kwargs=choice))
         assert "num_frames: 5 of each of 2 videos is over this server's 8" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"video": {"max_frames": 3}}, "video.max_frames: this field is not known"),
+        ({"video": {"fps": 1, "max_duration": 5}}, "the fields are fps, num_frames, tubes"),
+        ({"vidoe": {"fps": 1}}, "vidoe: this field is not known; the fields are video"),
+    ],
+)
+def test_unknown_choices_of_frames_are_refused(
+    client: TestClient, choice: dict[str, Any], words: str
+) -> None:
+    error = refused(ask(client, video(clip_url()), media_io_kwargs=choice))
+    assert words in error["message"]
+    assert error["param"].startswith("media_io_kwargs.")
+
+
+def test_vllms_name_of_a_decoder_is_ignored(client: TestClient, service: Scripted) -> None:
+    choice = {"video": {"video_backend": "opencv", "num_frames": 1}}
+    assert ask(client, video(clip_url()), media_io_kwargs=choice).status_code == 200
+    assert numbers_of(asked(service).images) == [0]
+
+
+def test_clips_are_not_read_for_an_answer_that_takes_none(client: TestClient) -> None:
+    parts = [video(clip_url(b"not a video")), {"type": "text", "text": "?"}]
+    error = refused(ask(client, *parts, modalities=["text", "image"]))
+    assert "not supported for answers with images" in error["message"]
+    assert (error["param"], error["code"]) == ("messages", "unsupported")
+
+
+def test_a_server_without_the_library_says_so(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def able() -> list[str]:
+        listed: list[str] = client.get("/v1/models").json()["data"][0]["neounify"]["capabilities"]
+        return listed
+
+    assert "chat_video" in able()
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert able() == [name for name in TINY.capabilities if name != "chat_video"]
+    answer = ask(client, video(clip_url()))
+    assert answer.status_code == 501
+    error = answer.json()["error"]
+    assert error["type"] == "server_error"
+    assert "video files need the extra 'video'" in error["message"]
+
+
+# --- decoding that takes long ---
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[int]]:
+    """Ids of the processes that decode, none of which ends by itself."""
+    program, log = tmp_path / "python", tmp_path / "ids"
+    program.write_text(f"#!/bin/sh\necho $$ >> {log}\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return lambda: [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+def runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_decoding_ends_at_the_deadline(
+    client: TestClient, decoders: Callable[[], list[int]]
+) -> None:
+    started = time.monotonic()
+    answer = ask(client, video(clip_url()), deadline=1.5)
+    assert answer.status_code == 504, answer.text
+    assert "took more than 1.5 seconds" in answer.json()["error"]["message"]
+    assert time.monotonic() - started < 15
+    wait_until(lambda: not any(map(runs, decoders())))
+
+
+def test_decoding_ends_when_the_client_is_gone(
+    service: Scripted, decoders: Callable[[], list[int]]
+) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": [video(clip_url())]}]})
+    with running(create_app(service)) as url:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        wait_until(lambda: len(decoders()) == 1)
+        connection.close()
+        wait_until(lambda: not runs(decoders()[0]))
+    assert not service.requests
+
+
+def test_few_requests_wait_for_their_clips(
+    service: Scripted, decoders: Callable[[], list[int]]
+) -> None:
+    config = HttpConfig(limits=Limits(video_requests=2))
+    app = create_app(service, config)
+    with TestClient(app) as client:
+        first = [
+            threading.Thread(target=ask, args=(client, video(clip_url())), kwargs={"deadline": 6})
+            for _ in range(2)
+        ]
+        for thread in first:
+            thread.start()
+        wait_until(lambda: app.state.server.clip_decoder.requests == 2)
+        answer = ask(client, video(clip_url()))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+        assert "reads the clips of 2 requests, its limit" in answer.json()["error"]["message"]
+        assert "retry-after" in answer.headers
+        for thread in first:
+            thread.join()
+        assert ask(client, video(clip_url()), deadline=0.5).status_code == 504

@@ -15,7 +15,9 @@ from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError, RequestError
 from neounify.serve.http import HttpConfig, create_app
+from neounify.serve.http.errors import ApiError
 from neounify.serve.http.media import MediaFetcher, ResultStore, is_public
+from neounify.serve.http.uploads import UploadBytes
 from neounify.tasks.chat import ChatRequest
 from support.http_server import png
 from support.scripted_service import Scripted
@@ -84,12 +86,18 @@ async def to_loopback(host: str, port: int) -> list[str]:
     return ["127.0.0.1"]
 
 
-def fetcher_for(port: int, *, seconds: float = 10.0) -> MediaFetcher:
+async def fetched(fetcher: MediaFetcher, url: str) -> bytes:
+    async with fetcher.fetched(url) as data:
+        return data
+
+
+def fetcher_for(port: int, *, seconds: float = 10.0, uploads: int = 4000) -> MediaFetcher:
     """One that may fetch from HOST, which is on loopback, and is let."""
     return MediaFetcher(
         [f"{HOST}:{port}"],
         max_bytes=4000,
         seconds=seconds,
+        uploads=UploadBytes(uploads),
         resolve=to_loopback,
         allowed=lambda _: True,
     )
@@ -99,7 +107,7 @@ def test_a_image_of_a_named_host_is_fetched() -> None:
     with neighbour() as (port, asked):
         for path in ("image.png", "near"):
             url = f"http://{HOST.upper()}:{port}/{path}"
-            assert asyncio.run(fetcher_for(port).fetch(url)) == png("blue")
+            assert asyncio.run(fetched(fetcher_for(port), url)) == png("blue")
     assert asked[0] == (f"{HOST}:{port}", "/image.png")
 
 
@@ -115,14 +123,29 @@ def test_a_image_of_a_named_host_is_fetched() -> None:
 )
 def test_what_cannot_be_had(path: str, message: str) -> None:
     with neighbour() as (port, _), pytest.raises(ImageError, match=message):
-        asyncio.run(fetcher_for(port).fetch(f"http://{HOST}:{port}/{path}"))
+        asyncio.run(fetched(fetcher_for(port), f"http://{HOST}:{port}/{path}"))
+
+
+def test_fetched_bytes_count_while_they_are_used() -> None:
+    async def work(port: int) -> None:
+        url = f"http://{HOST}:{port}/image.png"
+        size = len(png("blue"))
+        fetcher = fetcher_for(port, uploads=size)
+        async with fetcher.fetched(url):
+            with pytest.raises(ApiError, match=f"together exceed {size} bytes") as refused:
+                await fetched(fetcher, url)
+            assert refused.value.status_code == 429
+        assert await fetched(fetcher, url) == png("blue")
+
+    with neighbour() as (port, _):
+        asyncio.run(work(port))
 
 
 def test_a_slow_server_is_given_up() -> None:
     with neighbour() as (port, _):
         started = time.monotonic()
         with pytest.raises(ImageError, match=r"more than 0\.5 seconds"):
-            asyncio.run(fetcher_for(port, seconds=0.5).fetch(f"http://{HOST}:{port}/drip"))
+            asyncio.run(fetched(fetcher_for(port, seconds=0.5), f"http://{HOST}:{port}/drip"))
         assert time.monotonic() - started < 5
 
 
@@ -143,7 +166,7 @@ def test_a_slow_server_is_given_up() -> None:
 def test_urls_that_are_not_followed(url: str) -> None:
     with neighbour() as (port, asked):
         with pytest.raises(ImageError):
-            asyncio.run(fetcher_for(port).fetch(url.format(port=port)))
+            asyncio.run(fetched(fetcher_for(port), url.format(port=port)))
         assert not asked
 
 
@@ -181,9 +204,15 @@ def test_private_addresses_of_named_hosts_are_refused(monkeypatch: pytest.Monkey
 
     with neighbour() as (port, asked):
         for resolve in (to_loopback, mixed):
-            fetcher = MediaFetcher([f"{HOST}:{port}"], max_bytes=1, seconds=9, resolve=resolve)
+            fetcher = MediaFetcher(
+                [f"{HOST}:{port}"],
+                max_bytes=1,
+                seconds=9,
+                uploads=UploadBytes(1),
+                resolve=resolve,
+            )
             with pytest.raises(ImageError, match="not public"):
-                asyncio.run(fetcher.fetch(f"http://{HOST}:{port}/image.png"))
+                asyncio.run(fetched(fetcher, f"http://{HOST}:{port}/image.png"))
         assert not asked
 
 

@@ -2,81 +2,36 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import io
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import av
 import openai
 import pytest
-import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from neounify.config import VideoConfig
 from neounify.config.presets import TINY
-from neounify.errors import Overloaded
-from neounify.pipeline.videos import read_condition
+from neounify.errors import DeadlineExceeded, Overloaded
 from neounify.provenance.metadata import read_packet
 from neounify.serve.http import HttpConfig, Limits, create_app
-from neounify.serve.http.middleware import EVERYBODY
+from neounify.serve.replicas import replica_http
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.image import ImageRequest
-from neounify.tasks.program import Finished, FramesFinished, Preview
-from neounify.tasks.video import after_clip, clip_shape
 from neounify.video.boxes import find_xmp
-from support.clips import clip_bytes, numbered, numbers_of
 from support.http_server import openai_client
 from support.pixelumm import SMALL as PIXELUMM
 from support.scripted_service import Scripted
-
-ABLE = TINY.replace(
-    video=VideoConfig(tube_frames=4), capabilities=(*TINY.capabilities, "generate_video")
-)
-SMALL = {"size": "64x32", "seconds": 1, "fps": 8, "seed": 3, "steps": 2}
-SLOW = 60.0
-
-
-def clip(request: ServiceRequest, previews: int) -> Iterable[Any]:
-    """Two tubes at a time, of the seed's grey, after a preview."""
-    assert isinstance(request, ImageRequest)
-    usage = Finished("stop", 20, 0, 0, 16)
-    yield Preview(0, 1, 2, torch.zeros(3, request.height, request.width))
-    if request.prompt == "slow":
-        yield SLOW
-    for first in range(0, request.frames, 4):
-        shape = 4, request.height, request.width, 3
-        frames = torch.full(shape, request.seed * 20, dtype=torch.uint8)
-        yield FramesFinished(0, first, request.frames, frames, usage, 4.0)
-    yield usage
-
-
-def service(script: Any = clip) -> Scripted:
-    return Scripted(script, ABLE)
+from support.video_server import CONTINUES, SLOW, SMALL, clip, described, finished, service, until
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
     with TestClient(create_app(service())) as client:
         yield client
-
-
-def until(client: TestClient, video_id: str, met: Callable[[Any], bool]) -> Any:
-    for _ in range(600):
-        video = client.get(f"/v1/videos/{video_id}").json()
-        if met(video):
-            return video
-        time.sleep(0.02)
-    raise AssertionError(video)
-
-
-def finished(client: TestClient, **fields: Any) -> Any:
-    created = client.post("/v1/videos", json={"prompt": "a star", **SMALL, **fields})
-    assert created.status_code == 200, created.text
-    return until(client, created.json()["id"], lambda v: v["status"] in ("completed", "failed"))
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -296,6 +251,8 @@ def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fps": 1000, "seconds": None, "frames": 8}, "fps", "at most 240"),
         ({"steps": 100000}, "steps", "steps"),
         ({"stream": True}, "stream", "not supported"),
+        ({"partial_images": 2}, "partial_images", "not supported for videos"),
+        ({"output_format": "png"}, "output_format", "not supported for videos"),
         ({"input_reference": {"image_url": "x"}}, "input_reference", "not supported"),
         ({"model": "sora-2"}, "model", "not served"),
         ({"n": 2}, "n", "only 1"),
@@ -327,103 +284,72 @@ def test_prompts_that_are_too_long_begin_no_job(field: str, what: str) -> None:
         assert len(client.get("/v1/videos").json()["data"]) == 1
 
 
+def test_replicas_generate_no_videos() -> None:
+    """The next request about a job may reach another replica."""
+    scripted = Scripted(clip, CONTINUES)
+    with TestClient(create_app(scripted)) as client:
+        assert {"generate_video", "continue_video"} <= set(described(client)[0])
+        assert described(client)[1] is not None
+    with TestClient(create_app(scripted, replica_http(HttpConfig()))) as client:
+        assert described(client) == (list(TINY.capabilities), None)
+        body = {"prompt": "a star", **SMALL}
+        for answer in (
+            client.post("/v1/videos", json=body),
+            client.get("/v1/videos"),
+            client.get("/v1/videos/video_x"),
+            client.get("/v1/videos/video_x/content"),
+            client.delete("/v1/videos/video_x"),
+        ):
+            assert answer.status_code == 501, answer.text
+            assert "one of several replicas" in answer.json()["error"]["message"]
+    assert not scripted.requests
+
+
+def test_nothing_is_generated_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = service()
+    with TestClient(create_app(scripted)) as client:
+        monkeypatch.setitem(sys.modules, "av", None)
+        answer = client.post("/v1/videos", json={"prompt": "a star", **SMALL})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (501, "server_error")
+        assert "video files need the extra 'video'" in answer.json()["error"]["message"]
+        able, defaults = described(client)
+        assert "generate_video" not in able
+        assert defaults is None
+    assert not scripted.requests
+
+
+@pytest.mark.parametrize(("fields", "seconds"), [({"deadline": 40}, 40), ({}, 500)])
+def test_a_job_has_the_deadline_of_its_request(fields: dict[str, Any], seconds: int) -> None:
+    def late(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        yield DeadlineExceeded("the request was not finished after 3.2 s, its deadline")
+
+    scripted = service(late)
+    with TestClient(create_app(scripted, HttpConfig(video_deadline=500))) as client:
+        video = finished(client, **fields)
+    assert scripted.deadlines == [pytest.approx(seconds, abs=20)]
+    assert (video["status"], video["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert f"took more than {seconds} seconds" in video["error"]["message"]
+
+
+def test_a_job_is_in_progress_once_it_is_admitted() -> None:
+    calls = []
+
+    def without_previews(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        calls.append(request)
+        yield Overloaded("full", 1.0) if len(calls) == 1 else SLOW
+
+    with TestClient(create_app(service(without_previews))) as client:
+        video = client.post("/v1/videos", json={"prompt": "a star", **SMALL}).json()
+        until(client, video["id"], lambda v: len(calls) == 1 and v["status"] == "queued")
+        video = until(client, video["id"], lambda v: v["status"] != "queued")
+        assert (video["status"], video["progress"], len(calls)) == ("in_progress", 0, 2)
+
+
 def test_a_model_without_videos_says_so() -> None:
     with TestClient(create_app(Scripted())) as client:
         answer = client.post("/v1/videos", json={"prompt": "a star"})
         assert answer.status_code == 400
         assert "was not trained to generate videos" in answer.json()["error"]["message"]
-
-
-CONTINUES = ABLE.replace(capabilities=(*ABLE.capabilities, "continue_video"))
-
-
-def data_url(file: bytes) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(file).decode()
-
-
-def test_a_clip_is_continued_as_the_pipeline_does() -> None:
-    scripted = Scripted(clip, CONTINUES)
-    file = clip_bytes(numbered(6), fps=16)
-    with TestClient(create_app(scripted)) as client:
-        video = finished(client, condition=data_url(file))
-    assert (video["status"], video["prompt"]) == ("completed", "a star")
-    request = scripted.last
-    assert isinstance(request, ImageRequest)
-    assert numbers_of([piece.frames[0] for piece in request.condition]) == [0, 2, 4]
-    assert request.prompt == after_clip(request.condition, "a star")
-    shown = read_condition(file, CONTINUES, 8)
-    wanted = clip_shape(CONTINUES, (64, 32), 8, 8, shown).condition
-    for ours, theirs in zip(request.condition, wanted, strict=True):
-        assert ours.frames[0].tobytes() == theirs.frames[0].tobytes()
-        assert (ours.tube, ours.seconds, ours.bounds) == (
-            theirs.tube,
-            theirs.seconds,
-            theirs.bounds,
-        )
-
-
-@pytest.mark.parametrize(
-    ("condition", "words"),
-    [
-        ("data:video/mp4;base64,AAAA", "not a video"),
-        ("https://example.org/clip.mp4", "fetches no video URLs"),
-        ("clip.mp4", "send the video as a data URL"),
-        ("", "at least 1 character"),
-        (data_url(clip_bytes(numbered(31), fps=8)), "more than the 16 frames"),
-    ],
-    ids=["no clip", "a host", "a path", "empty", "long"],
-)
-def test_clips_that_cannot_be_continued_are_errors(condition: str, words: str) -> None:
-    limits = Limits(video_frames=16)
-    with TestClient(create_app(Scripted(clip, CONTINUES), HttpConfig(limits=limits))) as client:
-        answer = client.post("/v1/videos", json={"prompt": "x", **SMALL, "condition": condition})
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == "condition"
-    assert words in error["message"]
-
-
-def test_a_finished_job_keeps_no_frames_of_the_clip_before_it() -> None:
-    app = create_app(Scripted(clip, CONTINUES))
-    with TestClient(app) as client:
-        finished(client, condition=data_url(clip_bytes(numbered(6), fps=8)))
-        (job,) = app.state.server.videos.of(EVERYBODY)
-        assert job.completed is not None
-        assert job.request.condition == ()
-
-
-def test_a_clip_is_not_read_for_a_request_that_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Neither for wrong fields nor for a caller who has too many videos."""
-    read: list[str] = []
-
-    async def counted(url: str, *_: Any) -> list[Any]:
-        read.append(url)
-        return []
-
-    monkeypatch.setattr("neounify.serve.http.input_videos.read_condition_url", counted)
-    limits = Limits(video_jobs=1)
-    body = {**SMALL, "prompt": "slow", "condition": "data:video/mp4;base64,AAAA"}
-    with TestClient(create_app(Scripted(clip, CONTINUES), HttpConfig(limits=limits))) as client:
-        for wrong in (
-            {"size": "63x32"},
-            {"steps": 10**5},
-            {"prompt": "an <image>"},
-            {"prompt": "a <video>"},
-        ):
-            assert client.post("/v1/videos", json={**body, **wrong}).status_code == 400
-        assert not read
-        assert client.post("/v1/videos", json=body).status_code == 200
-        assert client.post("/v1/videos", json=body).status_code == 429
-        assert len(read) == 1
-
-
-def test_a_model_that_continues_none_says_so(client: TestClient) -> None:
-    body = {"prompt": "x", **SMALL, "condition": data_url(clip_bytes(numbered(8)))}
-    error = client.post("/v1/videos", json=body).json()["error"]
-    assert error["param"] == "condition"
-    assert "was not trained to continue" in error["message"]
 
 
 def test_pages_of_the_list(client: TestClient) -> None:

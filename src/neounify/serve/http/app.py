@@ -28,10 +28,12 @@ from neounify.config import ModelConfig
 from neounify.image.pixels import trained_sizes
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http import videos as video_routes
+from neounify.serve.http.abilities import capabilities
 from neounify.serve.http.config import HttpConfig, HttpMetrics
+from neounify.serve.http.decoders import ClipDecoder, MediaDecoder
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
 from neounify.serve.http.fields import AnswerModel
-from neounify.serve.http.media import MediaDecoder, MediaFetcher, ResultStore
+from neounify.serve.http.media import MediaFetcher, ResultStore
 from neounify.serve.http.middleware import (
     API,
     PAGE_HEADERS,
@@ -40,6 +42,7 @@ from neounify.serve.http.middleware import (
     LimitMiddleware,
 )
 from neounify.serve.http.serving import ServerState, State
+from neounify.serve.http.uploads import UploadBytes
 from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
@@ -97,7 +100,8 @@ def create_app(
         warnings.warn(text, DeprecationWarning, stacklevel=2)
     config = config or settings or HttpConfig()
     metrics = HttpMetrics(registry or CollectorRegistry())
-    state = _state(service, config, Hooks() if hooks is None else hooks, metrics)
+    uploads = _uploads(config)
+    state = _state(service, config, Hooks() if hooks is None else hooks, metrics, uploads)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -116,7 +120,7 @@ def create_app(
         responses={"default": {"model": ErrorBody, "description": "Every error"}},
     )
     app.state.server = state
-    _add_middleware(app, config, metrics)
+    _add_middleware(app, config, metrics, uploads)
     add_handlers(app)
     routers = (chat.router, completions.router, images.router, video_routes.router)
     for router in (*routers, info_router(ready, states)):
@@ -131,7 +135,19 @@ def create_app(
     return app
 
 
-def _state(service: Service, config: HttpConfig, hooks: Hooks, metrics: HttpMetrics) -> ServerState:
+def _uploads(config: HttpConfig) -> UploadBytes:
+    """The bytes of all requests, of which each one alone has room."""
+    files = max(config.remote_bytes, config.remote_video_bytes) if config.remote_hosts else 0
+    return UploadBytes(max(config.limits.uploads_bytes, config.limits.body_bytes + files))
+
+
+def _state(
+    service: Service,
+    config: HttpConfig,
+    hooks: Hooks,
+    metrics: HttpMetrics,
+    uploads: UploadBytes,
+) -> ServerState:
     return ServerState(
         service=service,
         config=config,
@@ -139,16 +155,20 @@ def _state(service: Service, config: HttpConfig, hooks: Hooks, metrics: HttpMetr
         metrics=metrics,
         results=ResultStore(config.result_bytes, config.result_seconds),
         fetcher=MediaFetcher(
-            config.remote_hosts, max_bytes=config.remote_bytes, seconds=config.remote_seconds
+            config.remote_hosts,
+            max_bytes=config.remote_bytes,
+            seconds=config.remote_seconds,
+            uploads=uploads,
         ),
         decoder=MediaDecoder(),
         clip_fetcher=MediaFetcher(
             config.remote_hosts,
             max_bytes=config.remote_video_bytes,
             seconds=config.remote_seconds,
+            uploads=uploads,
             medium="video",
         ),
-        clip_decoder=MediaDecoder(),
+        clip_decoder=ClipDecoder(config.limits.video_requests),
         videos=VideoJobs(
             max_unfinished=config.limits.video_jobs,
             max_bytes=config.result_bytes,
@@ -158,14 +178,22 @@ def _state(service: Service, config: HttpConfig, hooks: Hooks, metrics: HttpMetr
     )
 
 
-def _add_middleware(app: FastAPI, config: HttpConfig, metrics: HttpMetrics) -> None:
+def _add_middleware(
+    app: FastAPI, config: HttpConfig, metrics: HttpMetrics, uploads: UploadBytes
+) -> None:
     """Adds middleware from the inside out: BrowserMiddleware, added last, sees a request first."""
     accounts = Accounts(
         config.keys,
         requests_per_minute=config.requests_per_minute,
         concurrent=config.concurrent,
     )
-    app.add_middleware(LimitMiddleware, accounts=accounts, limits=config.limits, metrics=metrics)
+    app.add_middleware(
+        LimitMiddleware,
+        accounts=accounts,
+        limits=config.limits,
+        metrics=metrics,
+        uploads=uploads,
+    )
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -301,13 +329,14 @@ def _model(state: ServerState) -> dict[str, Any]:
     limits, config = state.config.limits, state.service.config
     sampling = config.sampling
     sizes, pixels = trained_sizes(sampling)
+    able = capabilities(config, state.config)
     return {
         "id": state.config.model_name,
         "object": "model",
         "created": state.started,
         "owned_by": "neounify",
         "neounify": {
-            "capabilities": list(config.capabilities),
+            "capabilities": able,
             "token_side": config.token_size,
             "image_size": "x".join(map(str, sampling.image_size)),
             "trained_sizes": [f"{width}x{height}" for width, height in sizes],
@@ -317,7 +346,7 @@ def _model(state: ServerState) -> dict[str, Any]:
             "image_guidance": sampling.image_guidance,
             "shift": sampling.shift,
             "solver": sampling.solver,
-            "video": _video(config),
+            "video": _video(config) if "generate_video" in able else None,
             "limits": {
                 "prompt_chars": limits.prompt_chars,
                 "images": limits.images,
@@ -334,7 +363,7 @@ def _model(state: ServerState) -> dict[str, Any]:
 
 def _video(config: ModelConfig) -> dict[str, Any] | None:
     """Frames of a tube, and the sampling defaults of videos; None for a model without them."""
-    if config.video is None or "generate_video" not in config.capabilities:
+    if config.video is None:
         return None
     defaults = config.sampling.video
     return {

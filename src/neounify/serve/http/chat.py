@@ -78,10 +78,6 @@ class ChatTurn:
                 images += piece.frames if isinstance(piece, Frames) else [piece]
         return images
 
-    @property
-    def has_clips(self) -> bool:
-        return any(isinstance(piece, Frames) for piece in self.pieces)
-
     def for_pipeline(self) -> dict[str, Any]:
         parts = [{"type": kind, kind: piece} for piece in self.pieces for kind in [_kind(piece)]]
         return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
@@ -192,18 +188,13 @@ async def read_chat(
     """
     state.check_model(body.model)
     state.check_n(body.n)
+    if body.wants_images:
+        body.check_interleaved()
     turns = await read_turns(body, state)
     images = [image for turn in turns for image in turn.images]
     tools = body.tool_use
     await state.check_prompt(_texts(body, turns, tools), images)
     if body.wants_images:
-        body.check_interleaved()
-        if any(turn.has_clips for turn in turns):
-            raise bad_request(
-                "messages: videos are not supported for answers with images",
-                "messages",
-                "unsupported",
-            )
         return [await off_loop(lambda: _interleave_request(body, turns, state), body.text_size)]
     return await off_loop(lambda: _chat_requests(body, turns, tools, state), body.text_size)
 
@@ -450,5 +441,5 @@ def _markdown(image: dict[str, Any]) -> str:
 )
 async def chat_completions(body: ChatBody, state: State) -> Response:
     """Text and images in; text, or with `modalities: ["text", "image"]` both, out."""
-    requests = await read_chat(body, state)
+    requests = await state.deadline(body).bound(read_chat(body, state))
     return await ChatAnswer(body, [requests], state, _Choice).response()

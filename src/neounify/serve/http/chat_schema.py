@@ -18,6 +18,7 @@ from neounify.serve.http.fields import (
     TokenCount,
     blame,
 )
+from neounify.serve.http.media_choice import MediaChoice
 from neounify.text.tools import Tool, ToolUse
 
 # An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay
@@ -251,20 +252,6 @@ class ResponseFormat(BaseModel):
         return None
 
 
-class VideoChoice(BaseModel):
-    """Which frames of clips are seen."""
-
-    fps: Annotated[float, Field(gt=0, le=240)] | None = None
-    num_frames: Annotated[int, Field(ge=1, description="At most so many.")] | None = None
-    tubes: Annotated[bool, Field(description="Several are seen as one. Extension.")] = False
-
-
-class MediaChoice(BaseModel):
-    """How input media are read, in vLLM's words."""
-
-    video: VideoChoice = VideoChoice()
-
-
 def _text_only() -> list[Modality]:
     return ["text"]
 
@@ -381,6 +368,10 @@ class ChatBody(TextFields, ImageFields):
             )
         if self.stops:
             raise bad_request("stop: answers with images take no stop strings", "stop")
+        contents = [m.content for m in self.messages if isinstance(m.content, list)]
+        if any(isinstance(part, ChatVideoPart) for parts in contents for part in parts):
+            message = "messages: videos are not supported for answers with images"
+            raise bad_request(message, "messages", "unsupported")
 
 
 class ImageUrl(AnswerModel):

@@ -23,12 +23,14 @@ class Limits:
     """Upper bounds of one request, and of all of them together.
 
     `body_bytes` and `body_seconds` bound the upload, `body_idle_seconds` a pause in it,
-    `uploads_bytes` the bodies of all requests in flight; `json_values` and `json_depth` a JSON
-    body, `header_bytes` and `headers` its head. `images`, `image_pixels` and `images_pixels` (of
-    one, of all of a request) bound input images, `decode_bytes` the memory of decoding one;
+    `uploads_bytes` the bodies and fetched files of all requests in flight; `json_values` and
+    `json_depth` a JSON body, `header_bytes` and `headers` its head. `images`, `image_pixels` and
+    `images_pixels` (of one, of all of a request) bound input images, `decode_bytes` the memory of
+    decoding one;
     `videos`, `video_frames` (that the model sees of all of them) and `video_seconds` (of decoding
-    one) input clips; `output_pixels`, `output_frames` and `steps` generated ones, `video_jobs` the
-    videos of a caller that are generated at a time; `in_flight` the requests that are read or
+    one) input clips, `video_requests` the requests whose clips are read at a time;
+    `output_pixels`, `output_frames` and `steps` generated ones, `video_jobs` the videos of a caller
+    that are generated at a time; `in_flight` the requests that are read or
     answered at a time. Raises ConfigError for values below 1.
     """
 
@@ -49,6 +51,7 @@ class Limits:
     videos: int = 4
     video_frames: int = 96
     video_seconds: float = 30.0
+    video_requests: int = 16
     output_pixels: int = 2048 * 2048
     output_frames: int = 240
     video_jobs: int = 4
@@ -87,12 +90,12 @@ class HttpConfig:
     `keys` are the API keys by the name of their owner; without any, no key is required and all
     callers share one account. `requests_per_minute` and `concurrent` limit each account (None: no
     limit). Results behind URLs, where `result_urls` allows them, are kept for `result_seconds`,
-    at most `result_bytes` of them, as are videos, whose generation ends after `video_deadline`
-    seconds. Images are fetched from `remote_hosts` only ("host" or
-    "host:port"; none: only data URLs are read), at most `remote_bytes` in `remote_seconds`; so are
-    clips, at most `remote_video_bytes`. `colour_profiles` is that of `read_image`;
-    `metadata_prompts` writes prompts and negative prompts into the metadata of images.
-    `public_url` is the base of result URLs where a proxy hides the server's own address.
+    at most `result_bytes` of them, as are videos where `generate_videos` allows them, whose
+    generation ends after `video_deadline` seconds. Images are fetched from `remote_hosts` only
+    ("host" or "host:port"; none: only data URLs are read), at most `remote_bytes` in
+    `remote_seconds`; so are clips, at most `remote_video_bytes`. `colour_profiles` is that of
+    `read_image`; `metadata_prompts` writes prompts and negative prompts into the metadata of images
+    and videos. `public_url` is the base of result URLs where a proxy hides the server's address.
     `allowed_hosts` are the accepted names in Host headers (none: all; IP addresses always),
     `cors_origins` the origins whose pages may use the API ("*": all).
     """
@@ -104,6 +107,7 @@ class HttpConfig:
     limits: Limits = field(default_factory=Limits)
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     result_urls: bool = True
+    generate_videos: bool = True
     result_seconds: float = 3600.0
     result_bytes: int = 256 * MEBIBYTE
     video_deadline: float = 3600.0

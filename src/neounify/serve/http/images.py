@@ -154,7 +154,7 @@ async def _read_form(
     ) as form:
         body = validated(ImageBody, form_values(form, _IMAGE_FIELDS))
         sources = [("image", item) for name in _IMAGE_FIELDS for item in form.getlist(name)]
-        return body, await _read_images(sources, state)
+        return body, await _read_images(sources, body, state)
 
 
 async def _read_json(
@@ -177,11 +177,11 @@ async def _read_json(
         field = name if items is not entries else f"{name}.{index}"
         with blame(field):
             sources.append((field, _url_of(item)))
-    return body, await _read_images(sources, state)
+    return body, await _read_images(sources, body, state)
 
 
 async def _read_images(
-    sources: Sequence[tuple[str, str | UploadFile]], state: ServerState
+    sources: Sequence[tuple[str, str | UploadFile]], body: ImageBody, state: ServerState
 ) -> tuple[PIL.Image.Image, ...]:
     if not sources:
         raise bad_request(
@@ -189,7 +189,7 @@ async def _read_images(
             '"images": [{"image_url": "data:image/png;base64,…"}]',
             "image",
         )
-    return tuple(await state.read_images(sources, "image"))
+    return tuple(await state.deadline(body).bound(state.read_images(sources, "image")))
 
 
 def _url_of(item: Any) -> str:

@@ -17,10 +17,10 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
 import h11
@@ -31,13 +31,14 @@ from neounify.image.io import DecodeBudget, read_image
 from neounify.runtime import return_freed_memory
 from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig
+from neounify.serve.http.decoders import MediaDecoder
+from neounify.serve.http.uploads import UploadBytes
 
 MAX_ESCAPED = 4 * 2**20
 """Maximum characters of a URL in which every character may be percent-encoded."""
 MAX_REDIRECTS = 3
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Medium = Literal["image", "video"]
-Result = TypeVar("Result")
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """(host, port) -> its IP addresses."""
 
@@ -136,29 +137,6 @@ class ResultStore:
 # --- input images ---
 
 
-class MediaDecoder:
-    """A thread that decodes all images of a server, or all clips, one after the other.
-
-    So the memory of decoding is that of one of them, whatever the number of requests.
-    """
-
-    def __init__(self) -> None:
-        self._executor = self._start()
-
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, which is not begun after the caller was cancelled."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-    def close(self) -> None:
-        """End the thread; what waits for it is not decoded. `run` starts another one."""
-        executor, self._executor = self._executor, self._start()
-        executor.shutdown(wait=False, cancel_futures=True)
-
-    @staticmethod
-    def _start() -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="decode")
-
-
 class RequestImages:
     """Reader of the input images of one request, within the limits of one request."""
 
@@ -199,7 +177,8 @@ class RequestImages:
             raise ImageError(
                 "image_url: this result is no longer kept; send the image as a data URL"
             )
-        return await self.read(await self._fetcher.fetch(url))
+        async with self._fetcher.fetched(url) as data:
+            return await self.read(data)
 
     def _read(self, file: Callable[[], bytes]) -> PIL.Image.Image:
         limits = self._config.limits
@@ -344,7 +323,10 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 
 class MediaFetcher:
-    """HTTP client that fetches from `hosts` only ("host": the default ports, or "host:port")."""
+    """HTTP client that fetches from `hosts` only ("host": the default ports, or "host:port").
+
+    The bytes of fetched files count in `uploads` while they are used.
+    """
 
     def __init__(
         self,
@@ -352,18 +334,28 @@ class MediaFetcher:
         *,
         max_bytes: int,
         seconds: float,
+        uploads: UploadBytes,
         medium: Medium = "image",
         resolve: Resolve = resolve_host,
         allowed: Callable[[Address], bool] = is_public,
     ) -> None:
         self._hosts = frozenset(host.lower() for host in hosts)
         self._max_bytes, self._seconds, self._medium = max_bytes, seconds, medium
-        self._resolve, self._allowed = resolve, allowed
+        self._uploads, self._resolve, self._allowed = uploads, resolve, allowed
 
-    async def fetch(self, url: str) -> bytes:
-        """The body at `url`. Raises ImageError if it is not allowed or fails."""
+    @asynccontextmanager
+    async def fetched(self, url: str) -> AsyncIterator[bytes]:
+        """Context of the body at `url`, which is counted until it ends.
+
+        Raises ImageError if the URL is not allowed or fails, ApiError 429 for too many bytes of
+        all requests.
+        """
+        with self._uploads.counting() as count:
+            yield await self._fetch(url, count)
+
+    async def _fetch(self, url: str, count: Callable[[int], None]) -> bytes:
         try:
-            return await within(self._follow(url), self._seconds)
+            return await within(self._follow(url, count), self._seconds)
         except TimeoutError:
             raise ImageError(
                 f"the {self._medium} URL took more than {self._seconds:g} seconds"
@@ -371,9 +363,9 @@ class MediaFetcher:
         except (OSError, h11.ProtocolError, UnicodeError) as error:
             raise ImageError(f"the {self._medium} URL could not be fetched") from error
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, count: Callable[[int], None]) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
-            body, location = await self._get(self._target(url))
+            body, location = await self._get(self._target(url), count)
             if location is None:
                 return body
             url = urljoin(url, location)
@@ -394,7 +386,7 @@ class MediaFetcher:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Target(parts.scheme == "https", host, port, path)
 
-    async def _get(self, target: _Target) -> tuple[bytes, str | None]:
+    async def _get(self, target: _Target, count: Callable[[int], None]) -> tuple[bytes, str | None]:
         """(body, location of a redirect or None)."""
         address = await self._address(target)
         tls = ssl.create_default_context() if target.secure else None
@@ -405,7 +397,7 @@ class MediaFetcher:
         try:
             writer.write(_request(connection := h11.Connection(h11.CLIENT), target, self._medium))
             await writer.drain()
-            return await self._read(connection, reader)
+            return await self._read(connection, reader, count)
         finally:
             writer.close()
 
@@ -418,7 +410,10 @@ class MediaFetcher:
         return addresses[0]
 
     async def _read(
-        self, connection: h11.Connection, reader: asyncio.StreamReader
+        self,
+        connection: h11.Connection,
+        reader: asyncio.StreamReader,
+        count: Callable[[int], None],
     ) -> tuple[bytes, str | None]:
         body = bytearray()
         while True:
@@ -434,11 +429,12 @@ class MediaFetcher:
                         f"the {self._medium} URL answers with status {event.status_code}"
                     )
             elif isinstance(event, h11.Data):
-                body += event.data
-                if len(body) > self._max_bytes:
+                if len(body) + len(event.data) > self._max_bytes:
                     raise ImageError(
                         f"the {self._medium} URL holds more than {self._max_bytes} bytes"
                     )
+                count(len(event.data))
+                body += event.data
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(body), None
             elif not isinstance(event, h11.InformationalResponse):

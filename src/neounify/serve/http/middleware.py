@@ -25,6 +25,7 @@ from neounify.runtime import MemoryReturner
 from neounify.serve.client import within
 from neounify.serve.http.config import ANY, HttpMetrics, Limits
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
+from neounify.serve.http.uploads import UploadBytes
 
 API = "/v1/"
 RESULTS = "/v1/results/"
@@ -67,12 +68,18 @@ class LimitMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, *, accounts: Accounts, limits: Limits, metrics: HttpMetrics
+        self,
+        app: ASGIApp,
+        *,
+        accounts: Accounts,
+        limits: Limits,
+        metrics: HttpMetrics,
+        uploads: UploadBytes,
     ) -> None:
         self._app, self._accounts, self._limits = app, accounts, limits
         self._metrics = metrics
         self._in_flight = 0
-        self._uploads = _Uploads(limits)
+        self._uploads = uploads
         self._memory = MemoryReturner()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,34 +200,10 @@ class _Sender:
         await self._send(message)
 
 
-class _Uploads:
-    """Counter of the bytes of all bodies in flight."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._max_bytes = max(limits.uploads_bytes, limits.body_bytes)
-        self._bytes = 0
-
-    def add(self, count: int) -> None:
-        """Raises ApiError 429 above the limit."""
-        if self._bytes + count > self._max_bytes:
-            raise ApiError(
-                429,
-                f"The bodies of all requests together exceed {self._max_bytes} bytes; "
-                "try again soon.",
-                kind="rate_limit_error",
-                code="overloaded",
-                retry_after=2.0,
-            )
-        self._bytes += count
-
-    def remove(self, count: int) -> None:
-        self._bytes -= count
-
-
 class _Body:
     """The ASGI `receive` of one request: its body within limits, then the disconnect."""
 
-    def __init__(self, receive: Receive, limits: Limits, uploads: _Uploads) -> None:
+    def __init__(self, receive: Receive, limits: Limits, uploads: UploadBytes) -> None:
         self._receive, self._limits, self._uploads = receive, limits, uploads
         self.bytes = 0
         self.cut_off = False

@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, M
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -32,13 +31,15 @@ from neounify.image.pixels import output_size, size_of_shape, to_pil
 from neounify.provenance.metadata import Format
 from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig, HttpMetrics
+from neounify.serve.http.deadline import Deadline
+from neounify.serve.http.decoders import ClipDecoder, MediaDecoder
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import ImageFields, RequestFields, blame
-from neounify.serve.http.media import MediaDecoder, MediaFetcher, RequestImages, ResultStore
+from neounify.serve.http.media import MediaFetcher, RequestImages, ResultStore
+from neounify.serve.http.metadata import image_metadata, task_of
 from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
-from neounify.tasks.chat import ChatRequest, CompletionRequest
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.program import Finished, ImageFinished, Preview, PromptPrefilled, TaskEvent
@@ -49,8 +50,6 @@ DONE = b"data: [DONE]\n\n"
 ALIVE = b": working\n\n"
 """A comment, which clients pass over; proxies close connections that stay silent."""
 SILENCE_SECONDS = 15.0
-MAX_PROMPT = 4000
-"""Maximum characters of a prompt in metadata, so that two of them fit into a JPEG's."""
 INLINE_BYTES = 64 * 1024
 """Bodies up to this are rendered on the event loop."""
 _log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class ServerState:
     fetcher: MediaFetcher
     decoder: MediaDecoder
     clip_fetcher: MediaFetcher
-    clip_decoder: MediaDecoder
+    clip_decoder: ClipDecoder
     videos: VideoJobs
     started: int
     """Start of the server, Unix time in seconds."""
@@ -82,11 +81,10 @@ class ServerState:
 
         Closing this closes the service's iterator at once.
         """
-        max_seconds = self.config.limits.deadline
-        deadline = min(fields.deadline or max_seconds, max_seconds)
+        deadline = self.deadline(fields)
         previews = fields.partial_images if isinstance(fields, ImageFields) else 0
         events = self.service.answer(
-            request, previews=previews if fields.stream else 0, deadline=deadline
+            request, previews=previews if fields.stream else 0, deadline=deadline.left
         )
         started, is_measured = time.perf_counter(), False
         async with AsyncExitStack() as stack:
@@ -100,9 +98,11 @@ class ServerState:
                         is_measured = True
                     yield event
             except DeadlineExceeded as error:
-                raise DeadlineExceeded(
-                    f"The request took more than {deadline:g} seconds; ask for less or allow more."
-                ) from error
+                raise deadline.error from error
+
+    def deadline(self, fields: RequestFields) -> Deadline:
+        """The deadline of a request's reading and its answer: its own, or earlier the server's."""
+        return fields.deadline_within(self.config.limits.deadline)
 
     def answers(
         self, groups: Sequence[Sequence[ServiceRequest]], fields: RequestFields
@@ -254,63 +254,6 @@ class ServerState:
                 "size",
             )
         return width, height
-
-
-def task_of(request: ServiceRequest) -> str:
-    """The name of the request's task in metrics and image metadata."""
-    if isinstance(request, ChatRequest):
-        return "chat"
-    if isinstance(request, CompletionRequest):
-        return "complete"
-    if isinstance(request, InterleaveRequest):
-        return "interleave"
-    return "edit" if request.images else "generate"
-
-
-def image_metadata(
-    request: ImageRequest | InterleaveRequest, event: Preview | ImageFinished, config: HttpConfig
-) -> dict[str, str]:
-    """Provenance metadata of one image of a request; `preview` only for previews."""
-    height, width = event.pixels.shape[-2:]
-    metadata = request_metadata(request, event.index, (width, height), config)
-    if isinstance(event, ImageFinished):
-        metadata["evaluations"] = f"{event.evaluations:g}"
-    if isinstance(event, Preview):
-        metadata["preview"] = f"{event.step}/{event.steps}"
-    return metadata
-
-
-def request_metadata(
-    request: ImageRequest | InterleaveRequest, index: int, size: tuple[int, int], config: HttpConfig
-) -> dict[str, str]:
-    """What is known of image or video `index` of a request, of `size` (width, height), before it.
-
-    Without the text of prompts unless the operator wants it (`metadata_prompts`): an image is
-    passed on more freely than the words it was asked for with.
-    """
-    sampling, seed = request.sampling, request.seed
-    if isinstance(request, ImageRequest) and request.seeds:
-        seed, index = request.seeds[index], 0  # the image is the first of its own seed
-    metadata = {
-        "generator": "neounify",
-        "model": config.model_name,
-        "task": task_of(request),
-        "seed": str(seed),
-        "index": str(index),
-        "size": f"{size[0]}x{size[1]}",
-        "steps": str(sampling.steps),
-        "guidance": f"{sampling.guidance.text:g}",
-        "image_guidance": f"{sampling.guidance.image:g}",
-        "shift": f"{sampling.shift:g}",
-        "solver": sampling.solver,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if config.metadata_prompts:
-        metadata["prompt"] = request.prompt[:MAX_PROMPT]
-    if request.negative_prompt:
-        negative = request.negative_prompt[:MAX_PROMPT]
-        metadata["negative_prompt"] = negative if config.metadata_prompts else "given"
-    return metadata
 
 
 def to_base64(data: bytes) -> str:

@@ -38,6 +38,11 @@ class VideoJob:
     task: asyncio.Task[None] | None = None
 
     @property
+    def described(self) -> ImageRequest:
+        """The request in its metadata: with the caller's prompt, without the clip it continues."""
+        return replace(self.request, prompt=self.prompt, condition=())
+
+    @property
     def is_finished(self) -> bool:
         return self.status in ("completed", "failed")
 

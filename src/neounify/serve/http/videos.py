@@ -11,16 +11,18 @@ from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
 from PIL.Image import Image
 from pydantic import Field
 from starlette.requests import Request
 
 from neounify.config import ModelConfig
-from neounify.errors import Overloaded
+from neounify.errors import DeadlineExceeded, Overloaded
 from neounify.provenance.metadata import write_packet
+from neounify.serve.http.abilities import check_video_files, check_video_jobs
 from neounify.serve.http.connections import BoundedRoute, check_json_type
+from neounify.serve.http.deadline import Deadline
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import (
     AnswerModel,
@@ -30,7 +32,8 @@ from neounify.serve.http.fields import (
     seeds_of,
 )
 from neounify.serve.http.images import form_values, validated
-from neounify.serve.http.serving import ServerState, State, request_metadata
+from neounify.serve.http.metadata import request_metadata
+from neounify.serve.http.serving import ServerState, State
 from neounify.serve.http.video_jobs import Status, VideoJob
 from neounify.tasks.image import ImageRequest, check_prompts
 from neounify.tasks.program import ClipFrames, FramesFinished, Preview
@@ -38,7 +41,9 @@ from neounify.tasks.video import after_clip, clip_shape
 from neounify.video.clip import Video
 
 log = logging.getLogger("neounify.serve")
-router = APIRouter(tags=["videos"], route_class=BoundedRoute)
+router = APIRouter(
+    tags=["videos"], route_class=BoundedRoute, dependencies=[Depends(check_video_jobs)]
+)
 PREVIEWS = 10
 """Previews of one frame while a video is generated."""
 MAX_LISTED = 100
@@ -84,10 +89,16 @@ async def read_video_request(body: VideoBody, owner: str, state: ServerState) ->
     """
     config, limits = state.service.config, state.config.limits
     config.check_can("generate_video")
+    await check_video_files()
     state.check_model(body.model)
     if not body.prompt.strip():
         raise bad_request("prompt: is empty; describe the video", "prompt", "invalid_prompt")
-    for name, asked in (("stream", body.stream), ("think", bool(body.think))):
+    for name, asked in (
+        ("stream", body.stream),
+        ("think", bool(body.think)),
+        ("partial_images", body.partial_images > 0),
+        ("output_format", "output_format" in body.model_fields_set),
+    ):
         if asked:
             raise bad_request(f"{name}: not supported for videos", name, "unsupported")
     if body.ratio is not None or body.pixels is not None:
@@ -168,10 +179,10 @@ def _owner(request: Request) -> str:
 # --- generation ---
 
 
-async def generate_video(job: VideoJob, state: ServerState) -> None:
+async def generate_video(job: VideoJob, deadline: Deadline, state: ServerState) -> None:
     """Generate the video of a job, whose state follows; its errors become the job's."""
     try:
-        frames = await _frames(job, state)
+        frames = await _frames(job, deadline, state)
         await asyncio.to_thread(_encode, job, frames, state)
         job.progress, job.status = 100, "completed"
     except Exception as error:  # the job keeps what its request would have been answered
@@ -180,28 +191,32 @@ async def generate_video(job: VideoJob, state: ServerState) -> None:
             log.error("%s could not be generated", job.id, exc_info=error)
 
 
-async def _frames(job: VideoJob, state: ServerState) -> torch.Tensor:
+async def _frames(job: VideoJob, deadline: Deadline, state: ServerState) -> torch.Tensor:
     """All frames [frames, height, width, 3]; while the server is full, the job waits."""
-    deadline = state.config.video_deadline
-    until = asyncio.get_running_loop().time() + deadline
     while True:
         try:
-            return await _attempt(job, state, until - asyncio.get_running_loop().time())
+            return await _attempt(job, deadline, state)
         except Overloaded as error:
             wait = min(error.retry_after, _RETRY_SECONDS)
-            if job.status != "queued" or asyncio.get_running_loop().time() + wait >= until:
+            if job.status != "queued" or wait >= deadline.left:
                 raise
+        except DeadlineExceeded as error:
+            raise deadline.error from error
         await asyncio.sleep(wait)
 
 
-async def _attempt(job: VideoJob, state: ServerState, deadline: float) -> torch.Tensor:
+async def _attempt(job: VideoJob, deadline: Deadline, state: ServerState) -> torch.Tensor:
+    def admitted() -> None:
+        job.status = "in_progress"
+
     frames = ClipFrames(job.request.frames)
-    events: Any = state.service.answer(job.request, previews=PREVIEWS, deadline=deadline)
+    events: Any = state.service.answer(
+        job.request, previews=PREVIEWS, deadline=deadline.left, admitted=admitted
+    )
     async with aclosing(events):
         async for event in events:
-            job.status = "in_progress"
             if isinstance(event, Preview):
-                job.thumbnail = await state.encode(job.request, event, "webp", bytes)
+                job.thumbnail = await state.encode(job.described, event, "webp", bytes)
                 job.progress = min(99, 100 * event.step // event.steps)
             elif isinstance(event, FramesFinished):
                 await asyncio.to_thread(_check, event, state)
@@ -217,7 +232,7 @@ def _check(event: FramesFinished, state: ServerState) -> None:
 
 
 def _encode(job: VideoJob, frames: torch.Tensor, state: ServerState) -> None:
-    request = job.request
+    request = job.described
     video = Video(frames, Fraction(request.fps))
     metadata = request_metadata(request, 0, (request.width, request.height), state.config)
     metadata |= {"frames": str(request.frames), "fps": f"{request.fps:g}"}
@@ -313,8 +328,11 @@ async def create(request: Request, state: State) -> dict[str, Any]:
     """Begins a job and answers at once; ask for its state until it is completed."""
     body = await _read_body(request, state)
     owner = _owner(request)
-    wanted = await read_video_request(body, owner, state)
-    job = state.videos.start(owner, wanted, body.prompt, lambda job: generate_video(job, state))
+    wanted = await state.deadline(body).bound(read_video_request(body, owner, state))
+    deadline = body.deadline_within(state.config.video_deadline)
+    job = state.videos.start(
+        owner, wanted, body.prompt, lambda job: generate_video(job, deadline, state)
+    )
     return _object(job, state)
 
 

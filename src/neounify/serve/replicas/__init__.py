@@ -10,10 +10,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from neounify.errors import ConfigError, NeounifyError
 from neounify.runtime.process import private_ray
+from neounify.serve.http import HttpConfig
 from neounify.serve.run import RunConfig, bound
 from neounify.serve.safety.hooks import Hooks
 
@@ -43,6 +44,14 @@ class ReplicaConfig:
             raise ConfigError(
                 f"cpus and gpus must be at least 0, got {self.cpus:g} and {self.gpus:g}"
             )
+
+
+def replica_http(config: HttpConfig) -> HttpConfig:
+    """The config of each replica: without results and jobs, which a later request needs.
+
+    It may reach a replica that does not have them.
+    """
+    return replace(config, result_urls=False, generate_videos=False)
 
 
 def run_replicas(

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
-from neounify.serve.replicas import ReplicaConfig, ReplicaError
+from neounify.serve.replicas import ReplicaConfig, ReplicaError, replica_http
 from neounify.serve.run import RunConfig, build_app
 from neounify.serve.safety.hooks import Hooks
 
@@ -39,8 +39,7 @@ class Replica:
         switch_threads_often()
         if config.serve.threads is not None:
             torch.set_num_threads(config.serve.threads)
-        # A result's URL could be requested from a replica that does not have it.
-        self._config = replace(config, http=replace(config.http, result_urls=False))
+        self._config = replace(config, http=replica_http(config.http))
         self._hooks = make_hooks() if make_hooks else None
         self._service = build_service(config.serve)
 
