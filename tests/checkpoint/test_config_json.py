@@ -211,6 +211,20 @@ def test_what_only_this_package_states() -> None:
     assert plain == write_config(SMALL)
 
 
+def test_null_is_a_value_of_optional_fields_alone() -> None:
+    nulls = {"model": {"video": None}, "flow": {"t_eps_sampling": None}}
+    assert read_config(document(top={"neounify": nulls})) == read_config(document())
+    for section, key, kind in (
+        ("sampling", "video", "video must be an object"),
+        ("sampling", "steps", "steps must be a whole number"),
+        ("sampling", "trained_sizes", "trained_sizes must be a list"),
+        ("model", "template", "template must be text"),
+        ("flow", "time_embedding", "time_embedding must be true or false"),
+    ):
+        with pytest.raises(ConfigError, match=f"{kind}.*, found None"):
+            read_config(document(top={"neounify": {section: {key: None}}}))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -75,6 +75,7 @@ def test_names_of_every_tensor_go_both_ways(config: ModelConfig) -> None:
             patch_size=8,
             video=None,
             capabilities=("chat",),
+            flow=dataclasses.replace(CONFIG.flow, t_eps_sampling=None),
             sampling=CheckpointDefaults(image_size=(64, 64)),
         ),
     ],

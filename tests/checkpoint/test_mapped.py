@@ -43,8 +43,8 @@ def test_every_dtype_reads_as_written(tmp_path: Path, tensors: dict[str, Tensor]
     path = tmp_path / "all.safetensors"
     save_file(tensors, path)
     file = MappedFile(path)
-    assert file.shapes() == {name: tuple(t.shape) for name, t in tensors.items()}
-    assert file.dtypes() == {name: t.dtype for name, t in tensors.items()}
+    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    assert headers == {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     for name, expected in load_file(path).items():
         stored = file.tensor(name)
         assert stored.dtype == expected.dtype

@@ -21,7 +21,7 @@ from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.names import layer_of
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Share, StoredWeight
-from neounify.checkpoint.staging import Event, HostCopies, Staged
+from neounify.checkpoint.staging import Event, HostCopies, Staged, readers_for
 from neounify.config import MlpConfig
 from neounify.errors import Cancelled, CheckpointError, RequestError
 from neounify.model import NeoUnify
@@ -198,6 +198,20 @@ def test_an_error_of_the_device_reaches_the_caller_once_and_goes(folder: Path) -
     feed.give_back(0)
     feed.close()
     assert threads() == []
+
+
+@pytest.mark.parametrize(("cores", "readers"), [(1, 4), (2, 4), (8, 4), (12, 6), (16, 8), (128, 8)])
+def test_readers_are_as_many_as_the_host_has_cores_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cores: int, readers: int
+) -> None:
+    assert readers_for(cores) == readers
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    feed, _, copies = feed_of(folder)
+    feed = Staged(feed._layers, copies)
+    feed.open()
+    assert feed._session is not None
+    assert feed._session.readers._max_workers == readers
+    feed.close()
 
 
 def test_a_layer_left_taken_is_freed_at_the_end(folder: Path) -> None:

@@ -205,6 +205,27 @@ def test_few_rows_on_a_gpu_are_not_rounded(
         assert device.waits == []
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", EIGHTS, ids=str)
+def test_sums_of_w8a8_are_bounded(
+    format: PublishedFormat, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = quantised(format, "w8a8", bias=bias), inputs(50, dtype)
+    whole = layer(x)
+    original, sums = torch._int_mm, []
+
+    def int_mm(rows: Tensor, codes: Tensor) -> Tensor:
+        sums.append(original(rows, codes))
+        return sums[-1]
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    monkeypatch.setattr(backends, "SUM_ELEMENTS", 50 * 40)
+    assert torch.equal(layer(x), whole)
+    assert [part.shape for part in sums] == [(50, 32), (50, 32), (50, 16)]
+    assert layer(x[:0]).shape == (0, 80)
+
+
 @pytest.mark.parametrize("columns", [4096, 12_288])
 def test_slices_of_codes_are_such_that_a_gpu_multiplies_them(
     columns: int, monkeypatch: pytest.MonkeyPatch

@@ -57,10 +57,11 @@ def layer_of(path: Path, **options: object) -> QuantLinear:
 # --- presets ---
 
 
-def formats(preset: str, kind: str = "dense") -> dict[str, object]:
+def formats(preset: str, kind: str = "dense", **changes: object) -> dict[str, object]:
     config = CONFIGS[kind].replace(num_layers=3) if kind == "dense" else CONFIGS[kind]
+    config = config.replace(**changes)
     shapes = {name: tuple(shape) for name, shape in expected_shapes(config).items()}
-    return dict(preset_formats(preset, shapes, config.num_layers))
+    return dict(preset_formats(preset, shapes, config.num_layers, tied=config.tie_embeddings))
 
 
 @pytest.mark.parametrize("preset", QUANT_PRESETS)
@@ -90,13 +91,30 @@ def test_experts_are_quantised_and_routers_are_not() -> None:
 
 
 def test_rows_that_have_no_groups_of_16_stay_in_8_bits() -> None:
-    chosen = preset_formats("w4", {"layers.0.und.qkv.q_proj.weight": (8, 24)}, 1)
+    chosen = preset_formats("w4", {"layers.0.und.qkv.q_proj.weight": (8, 24)}, 1, tied=False)
     assert list(chosen.values()) == [Int8Rows(4)]
 
 
 def test_a_tied_embedding_stays() -> None:
     chosen = formats("int8-all", "tied")
     assert all(name.startswith("layers.") for name in chosen)
+
+
+def test_the_embedding_of_a_model_without_a_text_head_is_quantised() -> None:
+    chosen = formats("int8-all", lm_head=False)
+    assert {name for name in chosen if not name.startswith("layers.")} == {"embed_tokens.weight"}
+
+
+def test_a_model_without_a_text_head_embeds_by_codes(tmp_path: Path) -> None:
+    weights = random_weights(SMALL)
+    del weights[to_published("lm_head.weight")]
+    plain = write_checkpoint(tmp_path / "plain", SMALL, weights)
+    model = load_model(quantised_folder(tmp_path / "coded", plain, "int8-all"), backend="auto")
+    assert not model.config.lm_head
+    embedding = model.get_submodule("embed_tokens")
+    assert isinstance(embedding, QuantEmbedding)
+    wanted = weights[to_published("embed_tokens.weight")][[5, 1]]
+    torch.testing.assert_close(embedding(torch.tensor([5, 1])), wanted, rtol=0, atol=0.02)
 
 
 # --- reading ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from neounify.errors import MemoryPlanError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
+from neounify.quant.linear import QuantLinear
 from neounify.quant.presets import QUANT_PRESETS
 from neounify.serve.build import ServeConfig, build_service
 from neounify.serve.memory import EngineMemory
@@ -133,6 +135,47 @@ def test_the_plan_counts_the_bytes_of_the_codes(deep: Path, preset: str | None) 
         assert list(layers) == [sizes[number, stream] for number in range(LAYERS)]
     assert kept.weights.embedding == sizes["embed_tokens"]
     assert kept.weights.lm_head == sizes["lm_head"]
+
+
+@pytest.mark.parametrize("quantise", ["int8", "int8-all", None])
+def test_the_plan_counts_adapters_beside_codes(
+    deep: Path, tmp_path: Path, quantise: str | None
+) -> None:
+    """In float32, of every LoRA of a weight; those merged into plain weights leave nothing."""
+    file = tmp_path / "lora.safetensors"
+    save_file(lora_tensors(DEEP, [*TARGETS, "language_model.model.embed_tokens"]), file)
+    loras: list[tuple[Path, float]] = [(file, 1.0), (file, 0.5)]
+    loaded = load_checkpoint(deep, dtype="bfloat16", quantise=quantise, lora=loras)
+    beside = [
+        tensor
+        for module in loaded.model.modules()
+        if isinstance(module, QuantLinear) and module.down is not None
+        for tensor in (module.down, module.up)
+        if tensor is not None
+    ]
+    assert len(beside) == (0 if quantise is None else 4)
+    assert loaded.kept().weights.adapters == sum(tensor.nbytes for tensor in beside)
+
+
+def test_a_text_head_is_mapped_where_it_is_kept_as_it_is_stored(deep: Path) -> None:
+    checkpoint, head = CheckpointFolder.open(deep), "lm_head.weight"
+
+    def mapped(dtype: torch.dtype, **options: Any) -> bool:
+        return kept_weights(checkpoint, dtype, **options).weights.head_mapped
+
+    assert mapped(torch.float32)
+    assert mapped(torch.float32, quantise="int8")
+    assert not mapped(torch.bfloat16)
+    assert not mapped(torch.float32, quantise="int8-all")
+    assert not mapped(torch.float32, updates={head: 9})
+
+
+def test_plain_layers_that_a_lora_updates_are_converted_from_their_slots(deep: Path) -> None:
+    updates = {"layers.0.und.qkv.q_proj.weight": 9}
+    weights = kept_weights(CheckpointFolder.open(deep), torch.float32, updates=updates).weights
+    assert weights.staged == {"und": pytest.approx(weights.largest("und"))}
+    assert weights.slots("und", unified=False) == pytest.approx(4 * weights.largest("und"))
+    assert weights.slots("gen", unified=False) == 3 * weights.largest("gen")
 
 
 def test_the_plan_of_codes_chooses_the_mode(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

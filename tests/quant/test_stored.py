@@ -363,6 +363,19 @@ def test_every_file_describes_its_weights(tmp_path: Path) -> None:
         CheckpointFolder.open(path)
 
 
+def test_a_tensor_and_the_metadata_describe_a_weight_alike(tmp_path: Path) -> None:
+    codes, scale, _ = coded(random_weights(SMALL)[WEIGHT], group=16)
+    tensors = {WEIGHT: codes, f"{MODULE}.weight_scale": scale, **description_of(MODULE, ROTATED)}
+    plain = {"format": "int8_tensorwise"}
+    for name, theirs in (("alike", ROTATED), ("unlike", plain)):
+        text = json.dumps({"layers": {MODULE: theirs}})
+        folder(tmp_path / name, tensors, {"_quantization_metadata": text})
+    (codes_read,) = CheckpointFolder.open(tmp_path / "alike").quantised.values()
+    assert codes_read.label == "int8_tensorwise, rotated"
+    with pytest.raises(CheckpointError, match=f"{MODULE}' is described in two ways"):
+        CheckpointFolder.open(tmp_path / "unlike")
+
+
 def test_a_tensor_that_is_there_with_and_without_a_prefix(tmp_path: Path) -> None:
     weights = random_weights(SMALL)
     path = folder(tmp_path / "model", weights | {PREFIX + WEIGHT: weights[WEIGHT].clone()}, {})

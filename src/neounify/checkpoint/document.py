@@ -81,20 +81,26 @@ OWN_MODEL: Mapping[str, Any] = {
 """Fields of ModelConfig that the published layout has no key for, with their defaults."""
 
 _DEFAULTS = CheckpointDefaults()
-_OPTIONAL: Mapping[str, Any] = {"video": VideoConfig(), "t_eps_sampling": 0.02}
-"""Values of the types of fields that may be None."""
+_OPTIONAL: Mapping[tuple[str, str], Any] = {
+    ("model", "video"): VideoConfig(),
+    ("flow", "t_eps_sampling"): 0.02,
+}
+"""(section, field) of those that may be None, and a value of their types."""
 
 
 def read_own(package: Mapping[str, Any], name: str, like: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of this package's own as fields, whose types are those of the values of `like`."""
+    """A section of this package's own as fields, whose types are those of the values of `like`.
+
+    Null is for fields that may be None. Raises ConfigError.
+    """
     section, where = subsection(package, name), f"neounify.{name}"
     values: dict[str, Any] = {}
     for key, value in section.items():
         require(key in like, f"{where}.{key} is unknown; known: {', '.join(like)}")
-        if value is None and key in _OPTIONAL:
+        if value is None and (name, key) in _OPTIONAL:
             values[key] = None
             continue
-        default = like[key] if like[key] is not None else _OPTIONAL[key]
+        default = like[key] if like[key] is not None else _OPTIONAL[name, key]
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
             inner = read_own({key: subsection(section, key)}, key, fields)

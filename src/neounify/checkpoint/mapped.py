@@ -115,14 +115,6 @@ class MappedFile:
         data_start = 8 + int.from_bytes(self._map[:8], "little")
         self.tensors = {name: self._info(name, entry, data_start) for name, entry in header.items()}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, without touching its data."""
-        return {name: info.shape for name, info in self.tensors.items()}
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Every tensor's dtype, without touching its data."""
-        return {name: info.dtype for name, info in self.tensors.items()}
-
     def is_view(self, name: str) -> bool:
         """Whether `tensor(name)` is a view of the file (else its bytes are not aligned)."""
         info = self.tensors[name]

@@ -15,9 +15,11 @@ without a device.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -27,8 +29,15 @@ from torch import Tensor
 from neounify.checkpoint.layer_image import LayerImage, Read
 from neounify.runtime.memory_plan import SLOTS, STAGING
 
-READERS = 4
-"""Threads that read a layer: a core reads some 7 GB/s from the page cache, PCIe 4 takes 24."""
+
+def readers_for(cores: int) -> int:
+    """Threads that read a layer, on a host with so many cores: half of them, from 4 to 8.
+
+    A core reads some 7 GB/s from the page cache, so that PCIe 4 (24 GB/s) needs 4 and PCIe 5
+    (50 GB/s) 8.
+    """
+    return min(8, max(4, cores // 2))
+
 
 # --- how bytes get to the device ---
 
@@ -60,7 +69,11 @@ class Copies(Protocol):
 
 
 class DeviceCopies:
-    """Copies to a CUDA or ROCm device, in a separate stream."""
+    """Copies to a CUDA or ROCm device, in a separate stream.
+
+    A locked buffer takes more than its size: torch rounds it up to a power of two (386 MB to 512
+    MiB), and keeps it for the process once it is freed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -174,9 +187,10 @@ class Staged:
     """
 
     def __init__(
-        self, layers: Mapping[int, LayerImage], copies: Copies, readers: int = READERS
+        self, layers: Mapping[int, LayerImage], copies: Copies, readers: int | None = None
     ) -> None:
-        self._layers, self._copies, self._readers = layers, copies, readers
+        self._layers, self._copies = layers, copies
+        self._readers = readers or readers_for(os.cpu_count() or 1)
         self._order = sorted(layers)
         self._change = threading.Condition()
         self._users = 0
@@ -203,7 +217,7 @@ class Staged:
         session.readers.shutdown()
         for slot in session.slots:
             if slot.number is not None and slot.users:
-                self._leave(slot.number)
+                self._leave(slot, slot.number)
 
     def take(self, number: int, *, few: bool | None = None) -> None:
         """Wait until a layer is in a slot, and let computing wait for its copy.
@@ -224,12 +238,18 @@ class Staged:
                 slot = self._wait(session, number)
             finally:
                 session.wanted.remove(number)
-            slot.users += 1
             assert slot.filled is not None
             self._copies.wait(slot.filled)
-            if slot.users > 1:
-                return
-            self._make_weights(slot, number, slot.experts, trunk=True)
+            if not slot.users:
+                try:
+                    self._make_weights(slot, number, slot.experts, trunk=True)
+                except BaseException:
+                    # Out of memory, say: the layer stays in its slot, as before it was taken.
+                    self._leave(slot, number)
+                    slot.used = self._copies.computed()
+                    self._change.notify_all()
+                    raise
+            slot.users += 1
 
     def fetch(self, number: int, experts: Collection[int]) -> None:
         """Wait until these experts of a layer that was taken are there too."""
@@ -254,12 +274,15 @@ class Staged:
     def _make_weights(
         self, slot: Slot, number: int, experts: Collection[int], *, trunk: bool = False
     ) -> None:
-        """Make tensors of a slot the weights of the model, unless they are."""
+        """Make tensors of a slot the weights of the model, unless they are.
+
+        After an error some may be, and count as if none were.
+        """
         new = set(experts) - slot.taken
-        slot.taken |= new
         with torch.inference_mode(False), torch.no_grad():
             for part in self._layers[number].some(new, trunk=trunk):
                 part.take(slot.bytes)
+        slot.taken |= new
 
     def give_back(self, number: int) -> None:
         """Free the slot, once the device has computed what it was given."""
@@ -271,11 +294,13 @@ class Staged:
             if slot.users:
                 return
             slot.used = self._copies.computed()
+            self._leave(slot, number)
             slot.number, slot.ready = None, False
-            self._leave(number)
             self._change.notify_all()
 
-    def _leave(self, number: int) -> None:
+    def _leave(self, slot: Slot, number: int) -> None:
+        """Take the tensors of a slot off the model."""
+        slot.taken.clear()
         with torch.inference_mode(False), torch.no_grad():
             for part in self._layers[number].parts:
                 part.leave()
@@ -324,13 +349,15 @@ class Staged:
                     slot.experts |= experts
                     self._change.notify_all()
                 turn = (turn + 1) % len(session.buffers)
-            for event in copied:
-                if event is not None:
-                    event.synchronize()  # the buffers are freed next
         except BaseException as error:  # the thread that waits raises it
             with self._change:
                 session.error = error
                 self._change.notify_all()
+        for event in copied:
+            if event is not None:
+                # `close` frees buffers and slots next. A device that fails moves nothing.
+                with suppress(RuntimeError):
+                    event.synchronize()
 
     def _read(self, session: _Session, reads: Sequence[Read], buffer: Tensor) -> None:
         view = buffer.numpy().data

@@ -11,9 +11,9 @@ from typing import Annotated, get_args
 
 import typer
 
-from neounify.cli.command import CliError, UsageError
+from neounify.cli.command import UsageError
 from neounify.cli.display import Display, human_bytes
-from neounify.cli.files import check_new_folder
+from neounify.cli.files import check_apart, check_new_folder
 from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import (
     FILES,
@@ -97,6 +97,7 @@ def convert(
       neounify convert PixelUMM pixelumm --from-dcp --config Qwen3-8B
     """
     folder = resolve_model(model, "MODEL")
+    check_apart(out, folder, config, *(file for file, _ in parse_loras(weights.lora)))
     display = Display(quiet=report.quiet, json=report.json)
     if lora_form is not None:
         if to is not None:
@@ -106,8 +107,6 @@ def convert(
     shard = parse_bytes(max_shard_size)
     if source.from_dcp and (to is not None or weights.dtype is not None or weights.lora):
         raise UsageError("--from-dcp keeps weights as they are; convert its result a second time")
-    if out.resolve() == folder.resolve():
-        raise CliError(f"{out} is the model itself; write to another folder")
     check_new_folder(out, "a model", overwrite=overwrite.overwrite)
     if source.from_dcp:
         _convert_dcp(folder, config or folder, out, shard, overwrite.overwrite, display)
@@ -220,8 +219,10 @@ def _convert_dcp(
 ) -> None:
     with lasting_imports():
         from neounify.checkpoint.dcp import convert_dcp
+        from neounify.checkpoint.reader import DCP_SUBFOLDER
         from neounify.pipeline.loading import load_tokenizer
 
+    check_apart(out, model / DCP_SUBFOLDER)
     display.note(
         f"the metadata of {model} is a pickle; it is read without running anything, but trust "
         "where the files came from"
@@ -258,7 +259,9 @@ def _convert_loras(
         raise UsageError("--lora-form needs --lora FILE, the LoRA to convert")
     if weights.dtype is not None:
         raise UsageError("--dtype applies to models; a LoRA keeps its number format")
-    described = CheckpointFolder.open(model, config).config
+    checkpoint = CheckpointFolder.open(model, config)
+    described = checkpoint.config
+    check_apart(out, *{info.file for info in checkpoint.tensors.values()})
     written = convert_lora(
         loras,
         expected_shapes(described),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import tempfile
 import unicodedata
@@ -71,6 +72,22 @@ def check_new_folder(folder: Path, what: str, *, overwrite: bool) -> None:
     """
     hint = "choose another folder, or add --overwrite"
     files.check_empty(folder, what, CliError, overwrite=overwrite, hint=hint)
+
+
+def check_apart(output: Path, *sources: Path | None) -> None:
+    """CliError if `output` is a source or a folder that one lies in, so that saving would lose it.
+
+    `sources` are what a command reads; links count by where they stand and by what they name.
+    """
+    target = output.resolve()
+    for source in sources:
+        if source is None:
+            continue
+        named = Path(os.path.normpath(source.absolute()))
+        for path in (named, named.resolve()):
+            if target in (place.resolve() for place in (path, *path.parents)):
+                how = "is" if target == source.resolve() else "contains"
+                raise CliError(f"{output} {how} {source}, which is read; write to another folder")
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from neounify.cli.command import CliError
 from neounify.cli.convert import parse_bytes, print_saved
 from neounify.cli.display import Display
-from neounify.cli.files import check_new_folder
+from neounify.cli.files import check_apart, check_new_folder
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, ConfigFolder, OverwriteOptions, ReportOptions, option
 from neounify.cli.parity import ParityOptions, comparison_device, write_parity
@@ -59,8 +58,7 @@ def quantise(
       neounify quantise FOLDER --to q8_0 --output FOLDER-q8
     """
     folder = resolve_model(model, "MODEL")
-    if output.resolve() == folder.resolve():
-        raise CliError(f"{output} is the model itself; write to another folder")
+    check_apart(output, folder, config)
     display = Display(quiet=report.quiet, json=report.json)
     shard = parse_bytes(max_shard_size)
     if parity:
@@ -88,7 +86,8 @@ def _check_parity(folder: Path, config: Path | None, preset: str, options: Parit
         formats = block_formats(preset, shapes)
     else:
         sizes = {name: tuple(shape) for name, shape in shapes.items()}
-        formats = preset_formats(preset, sizes, checkpoint.config.num_layers).values()
+        layers, tied = checkpoint.config.num_layers, checkpoint.config.tie_embeddings
+        formats = preset_formats(preset, sizes, layers, tied=tied).values()
     check_quantised(None, options.backend)
     if not formats and options.backend not in (AUTO, DECODED):
         raise RequestError(

@@ -12,6 +12,7 @@ import typer
 
 from neounify.cli.command import CliError
 from neounify.cli.display import Display
+from neounify.cli.files import check_apart
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
 from neounify.cli.ranks import all_ranks, device_of
 from neounify.files import locked_folder
@@ -156,6 +157,7 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
     state = newest_whole_state(folder / "states", display.note)
     if state is None:
         raise CliError(f"{folder} holds no saved state yet")
+    check_apart(target, state, recipe.model.checkpoint)
     export_state(recipe, folder, state, target, torch.bfloat16)
     display.result(f"saved {target} from {state.name}", target)
 

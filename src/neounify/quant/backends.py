@@ -49,6 +49,8 @@ SLICE_ELEMENTS = 2**18
 """Elements dequantised at a time on a CPU, 1 MB in float32, which stay in its cache."""
 DEVICE_SLICE_ELEMENTS = 2**21
 """The same on other devices: with all intermediate results at most 64 MB."""
+SUM_ELEMENTS = 2**23
+"""Sums of `w8a8` at a time: 64 MB, as they are in int32 and in float32 for a moment."""
 SLICE_UNIT = 16
 """Rows of slices there are a multiple of this, as operators want them."""
 INT8PACK_CHANNELS = 16
@@ -157,7 +159,8 @@ def reference(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m
     if layer.format.group > 1:
         filled = rotate_groups(filled, layer.format.group).to(x.dtype)
     parts = [
-        linear(filled, layer.format.dequantise(tensors).to(x.dtype)) for tensors in _slices(layer)
+        linear(filled, layer.format.dequantise(tensors).to(x.dtype))
+        for _, tensors in _slices(layer, _decoded_rows(layer))
     ]
     return _finish(layer, torch.cat(parts, dim=-1)[: x.shape[0]], x.dtype)
 
@@ -189,14 +192,18 @@ def w8a8(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
     rows, row_scale = quantise_int8(x, format.group)
     if x.device.type == "cuda":
         rows = fill_rows(rows, INT_MM_ROWS)
-    # Codes that are int8 already are not copied, so they need no slices.
-    slices = _slices(layer) if isinstance(format, FourBits) else [layer.tensors()]
-    parts = []
-    for tensors in slices:
+    step = _in_units(SUM_ELEMENTS // max(1, rows.shape[0]), SLICE_UNIT)
+    if isinstance(format, FourBits):  # whose codes are unpacked for the call
+        step = min(step, _decoded_rows(layer))
+    y = x.new_empty(x.shape[0], layer.out_features)
+    for places, tensors in _slices(layer, step):
         codes, scale = format.int8(tensors)
-        sums = torch._int_mm(rows, codes.t())[: x.shape[0]]
-        parts.append(sums.float() * row_scale * scale.t())
-    return _finish(layer, torch.cat(parts, dim=-1), x.dtype)
+        part = torch._int_mm(rows, codes.t())[: x.shape[0]].float()
+        part.mul_(row_scale).mul_(scale.t())
+        if layer.bias is not None:
+            part.add_(layer.bias[places].float())
+        y[:, places] = part
+    return y
 
 
 def scaled(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
@@ -245,17 +252,24 @@ def kitchen(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]
     )
 
 
-def _slices(layer: QuantLinear) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a layer, some rows of the weight at a time."""
+def _decoded_rows(layer: QuantLinear) -> int:
+    """Rows of the weight that are dequantised at a time."""
+    if layer.tensors()["weight"].device.type == "cpu":
+        return max(1, SLICE_ELEMENTS // layer.in_features)
+    return _in_units(DEVICE_SLICE_ELEMENTS // layer.in_features, SLICE_UNIT)
+
+
+def _in_units(rows: int, unit: int) -> int:
+    """`rows` cut to whole units, at least one."""
+    return max(unit, rows // unit * unit)
+
+
+def _slices(layer: QuantLinear, step: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """The tensors of a layer, `step` rows of the weight at a time, and which rows these are."""
     tensors = layer.tensors()
-    elements = DEVICE_SLICE_ELEMENTS
-    if tensors["weight"].device.type == "cpu":
-        elements = SLICE_ELEMENTS
-    step = max(1, elements // layer.in_features)
-    if tensors["weight"].device.type != "cpu":
-        step = max(SLICE_UNIT, step // SLICE_UNIT * SLICE_UNIT)
     for start in range(0, layer.out_features, step):
-        yield rows_of(tensors, slice(start, start + step))
+        places = slice(start, start + step)
+        yield places, rows_of(tensors, places)
 
 
 def fill_rows(x: Tensor, least: int) -> Tensor:

@@ -11,6 +11,7 @@ from neounify.quant.w4 import GROUP
 
 QUANT_PRESETS = ("int8", "int8-all", "fp8", "w4-mixed", "w4")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEADS = ("embed_tokens.weight", "lm_head.weight")
 ROBUST = ("q_proj", "k_proj", "gate_proj", "up_proj")
 """Projections whose weights feel 4 bits least; measured in docs/compression.md."""
 
@@ -24,11 +25,12 @@ def check_preset(preset: str) -> None:
 
 
 def preset_formats(
-    preset: str, shapes: Mapping[str, Shape], layers: int
+    preset: str, shapes: Mapping[str, Shape], layers: int, *, tied: bool
 ) -> dict[str, PublishedFormat]:
     """The format of each weight that the preset quantises, by its name (ours).
 
-    `shapes` are those of the model's tensors, `layers` is their number. Norms, biases, routers,
+    `shapes` are those of the model's tensors, `layers` is their number, `tied` whether the text
+    head is the embedding, which then stays. Norms, biases, routers,
     patch embeddings, scalar embedders and the image head stay as they are. Rows that are no
     multiple of 16 stay in 8 bits. Raises RequestError for an unknown preset.
     """
@@ -36,16 +38,10 @@ def preset_formats(
     formats: dict[str, PublishedFormat] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
-        is_head = preset == "int8-all" and _is_head(name, shapes)
+        is_head = preset == "int8-all" and name in HEADS and not tied
         if is_head or (parts[0] == "layers" and parts[-1] == "weight" and parts[-2] in PROJECTIONS):
             formats[name] = _format(preset, parts, shape[1], layers)
     return formats
-
-
-def _is_head(name: str, shapes: Mapping[str, Shape]) -> bool:
-    """Whether it is the embedding or lm_head, where they are not one and the same."""
-    heads = ("embed_tokens.weight", "lm_head.weight")
-    return name in heads and all(head in shapes for head in heads)
 
 
 def _format(preset: str, parts: list[str], columns: int, layers: int) -> PublishedFormat:

@@ -141,10 +141,14 @@ def read_quantised(
             raise CheckpointError(
                 f"{path}: {module[:200]!r} is described as quantised, but its weight is not there"
             )
+        description = layers.get(module, {})
         if f"{module}.{DESCRIPTION}" in shapes:
             description = _description(path, f"{module}.{DESCRIPTION}", shapes, read)
-        else:
-            description = layers.get(module, {})
+            if layers.get(module, description) != description:
+                raise CheckpointError(
+                    f"{path}: {module[:200]!r} is described in two ways, by its {DESCRIPTION} and "
+                    f"by {METADATA}"
+                )
         quantised[weight] = _Module(path, module, description, shapes, read).codes()
     return quantised
 
