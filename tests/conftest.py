@@ -10,6 +10,10 @@ from pathlib import Path
 # Workers of pytest-xdist share the cores: one thread each, and each process that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without it the products of few rows have other bits than those of many on these processors
+# (docs/tasks.md); it is read at the first product.
+if Path("/proc/cpuinfo").is_file() and "amx_tile" in Path("/proc/cpuinfo").read_text():
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 from hypothesis import settings

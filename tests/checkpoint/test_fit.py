@@ -14,25 +14,29 @@ import torch
 import neounify
 from neounify.attention import copied_tokens
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint
-from neounify.checkpoint.fit import fit_engines, fit_memory
+from neounify.checkpoint.fit import fit_engines, fit_memory, fit_two
 from neounify.checkpoint.fit import peaks as fit_peaks
 from neounify.checkpoint.layers import LayerResidency
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import StoredWeight
 from neounify.checkpoint.sizes import kept_weights
-from neounify.config import VideoConfig, VideoDefaults
+from neounify.config import MlpConfig, VideoConfig, VideoDefaults
 from neounify.errors import MemoryPlanError, OutOfMemory, RequestError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
 from neounify.runtime.devices import Abilities
 from neounify.runtime.memory_plan import (
+    STREAMS,
     Mode,
     Resident,
     Task,
     default_task,
     peak_bytes,
+    weight_bytes,
     working_bytes,
 )
+from neounify.runtime.plan import ExecutionPlan
+from neounify.runtime.rates import UNKNOWN, Machine
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 from support.device_abilities import pretending
@@ -124,7 +128,8 @@ def test_auto_has_room_for_the_default_video(
     for fit in (fit_memory, fit_engines):
         with pytest.raises(MemoryPlanError, match="nothing fits"):
             fit(checkpoint, kept, cpu, "auto")
-    assert "a video of 96 frames of 128×128 peaks at" in fit_peaks(NeoUnify(config), None)
+    shown = fit_peaks(NeoUnify(config), None, ExecutionPlan())
+    assert "a video of 96 frames of 128×128 peaks at" in shown
 
 
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -226,6 +231,113 @@ def test_a_number_of_layers_is_named_with_the_one_that_fits(
     message = refused(fit_memory, "cpu", size, "layers", WIDE.num_layers)
     assert "memory='layers', resident_layers=8 peaks" in message
     assert "memory='layers', resident_layers=0 would fit" in message
+
+
+def test_locked_memory_that_does_not_fit_is_the_reason(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the peak fits on the device, and the locked buffers not on the host."""
+    monkeypatch.setattr("neounify.checkpoint.fit.GB", 1e6)
+    checkpoint = CheckpointFolder.open(wide)
+    kept = kept_weights(checkpoint, torch.float32)
+    locked = max(kept.weights.locked(stream) for stream in STREAMS)
+
+    def refusal(host: float) -> str:
+        machine = Machine(device=1e12, host=host, rates=UNKNOWN)
+        monkeypatch.setattr("neounify.checkpoint.fit.this_machine", lambda *_: machine)
+        with pytest.raises(MemoryPlanError) as caught:
+            fit_memory(checkpoint, kept, torch.device("cuda"), "layers", 0)
+        return str(caught.value)
+
+    message = refusal(locked - 1)
+    assert f"resident_layers=0 locks {locked / 1e6:.1f} GB of the host's memory, and " in message
+    assert " GB of it are free; memory='all' would fit" in message
+    monkeypatch.setattr("neounify.checkpoint.fit.machine_modes", lambda machine: ("layers",))
+    assert "nothing fits: int8 weights with memory='layers', resident_layers=0 lock" in refusal(1e3)
+
+
+def test_an_engine_of_one_stream_is_judged_by_it(
+    bare: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = WIDE.replace(und_mlp=MlpConfig(width=1024))
+    folder = write_checkpoint(tmp_path / "unequal", config, random_weights(config))
+    checkpoint, cpu = CheckpointFolder.open(folder), torch.device("cpu")
+    kept = kept_weights(checkpoint, torch.float32)
+    working = working_bytes(config, default_task(config), 4)
+    und, gen = (
+        peak_bytes(kept.weights, "stream", {name: a}, unified=True) for name, a in working.items()
+    )
+    assert gen < und
+    free(monkeypatch, (gen + und) / 2)
+    fitted = fit_engines(checkpoint, kept, cpu, "all", role="gen")
+    assert (fitted.memory, fitted.peak) == ("stream", gen)
+    with pytest.raises(MemoryPlanError, match="memory='all' peaks"):
+        fit_engines(checkpoint, kept, cpu, "all", role="und")
+
+
+def test_two_models_fit_at_once(
+    bare: None, wide: Path, peaks: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, cpu = CheckpointFolder.open(wide), torch.device("cpu")
+    kept = kept_weights(checkpoint, torch.float32)
+    two = ([checkpoint] * 2, [kept] * 2, cpu)
+    fits = {}
+    for size in (2 * peaks["all"], peaks["all"] + peaks["stream"], 2 * peaks["layers"]):
+        free(monkeypatch, size + 1)
+        first, second = fit_two(*two)
+        assert first.peak is not None
+        assert second.peak is not None
+        assert first.peak + second.peak <= size + 1
+        fits[size] = (first.memory, second.memory)
+    assert list(fits.values()) == [("all", "all"), ("all", "stream"), ("layers", "layers")]
+    free(monkeypatch, 2 * peaks["layers"] - 1)
+    assert peaks["stream"] < 2 * peaks["layers"]
+    with pytest.raises(MemoryPlanError, match=r"wide and wide do not .*GB are free beside the fir"):
+        fit_two(*two)
+
+
+def test_resident_layers_fit_with_branches_apart(
+    bare: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the error while weights are read names the peak of the row that was chosen."""
+    monkeypatch.setattr("neounify.checkpoint.fit.GB", 1e6)
+    sampling = neounify.config.CheckpointDefaults(image_size=(4096, 4096))
+    config = WIDE.replace(sampling=sampling)
+    folder = write_checkpoint(tmp_path / "large", config, random_weights(config))
+    byte_tokenizer().save(folder)
+    checkpoint, cpu = CheckpointFolder.open(folder), torch.device("cpu")
+    kept = kept_weights(checkpoint, torch.float32)
+    task = default_task(config)
+
+    def peak(count: int, rows: int) -> float:
+        a = working_bytes(config, task, 4, branch_rows=rows)["gen"]
+        return peak_bytes(kept.weights, "layers", {"gen": a}, {"gen": count}, unified=True)
+
+    apart, together = peak(4, 1), peak(0, 10**9)
+    assert apart < together
+    free(monkeypatch, apart + 1)
+    fitted = fit_memory(checkpoint, kept, cpu, "layers")
+    assert fitted.resident["gen"] == 4
+    assert fitted.peak == apart
+
+    def fail(*_: object, **__: object) -> None:
+        free(monkeypatch, 1e6)
+        raise MemoryError
+
+    monkeypatch.setattr("neounify.checkpoint.load._first_values", fail)
+    with pytest.raises(MemoryPlanError, match=f"'layers' peaks at {apart / 1e6:.1f} GB, and the"):
+        load(folder, dtype="float32", memory="layers")
+
+
+def test_the_plan_of_an_error_has_the_limits_of_the_calls() -> None:
+    sampling = neounify.config.CheckpointDefaults(image_size=(4096, 4096))
+    model = NeoUnify(WIDE.replace(sampling=sampling))
+    weights = weight_bytes(model.config, 4)
+    for rows in (1, 10**9):
+        working = working_bytes(model.config, default_task(model.config), 4, branch_rows=rows)
+        expected = peak_bytes(weights, "all", working, unified=True) / 1e9
+        shown = fit_peaks(model, None, ExecutionPlan(branch_rows=rows))
+        assert f"an image of 4096×4096 peaks at {expected:.1f} GB by the plan" in shown
 
 
 def test_copies_of_the_attention_backend_count(

@@ -121,6 +121,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(here: Path) -> Non
         (here / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "run")
     )
     assert one == two
+    for target in (".", "run", "run/states"):
+        result = neounify("train", recipe, "--out", "run", "--export", target)
+        assert "which is read; write to another folder" in result.stderr
     for state in (here / "run" / "states").iterdir():
         (state / "state.json").write_text("{")
     result = neounify("train", recipe, "--out", "run", "--resume", "auto")

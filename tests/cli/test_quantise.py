@@ -17,11 +17,14 @@ from neounify.bundled import bundled_model
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model, to_published
 from neounify.checkpoint.quantise_files import quantise_checkpoint
 from neounify.checkpoint.quantised_layers import quant_modules
-from neounify.cli.parity import scene_tasks
+from neounify.checkpoint.sizes import kept_weights
+from neounify.cli.parity import memory_of_both, scene_tasks
 from neounify.config.model import CheckpointDefaults
 from neounify.config.presets import SCENES, U1_8B
+from neounify.errors import MemoryPlanError
 from neounify.quant.formats import FourBits, Fp8Rows
 from neounify.runtime.devices import Abilities
+from neounify.runtime.memory_plan import Resident, default_image, peak_bytes, working_bytes
 from support.checkpoint_folders import CONFIGS, random_weights, write_checkpoint
 from support.device_abilities import pretending
 from support.lora_files import lora_tensors
@@ -141,6 +144,39 @@ def test_parity_of_other_shapes_is_refused(
     ran = run_bare("parity", toy, bundled_model(), "-o", "out", *SMALL)
     assert ran.code != 0
     assert "cannot be compared weight by weight" in ran.err
+
+
+def test_parity_has_both_models_in_its_plan(
+    run_bare: Callable[..., Any], toy: Path, coded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first one, by streams, has nothing in memory yet."""
+    monkeypatch.setattr("neounify.runtime.memory_plan.PROCESS", 0)
+    checkpoints = [CheckpointFolder.open(path) for path in (toy, coded)]
+    working = working_bytes(checkpoints[0].config, default_image(checkpoints[0].config), 4)
+    none: Resident = {"und": 0, "gen": 0}
+    first, second = (
+        {
+            mode: peak_bytes(kept.weights, mode, working, none, unified=True)
+            for mode in ("all", "stream", "layers")
+        }
+        for kept in (kept_weights(checkpoint, torch.float32) for checkpoint in checkpoints)
+    )
+    device = torch.device("cpu")
+
+    def modes(size: float) -> list[Any]:
+        for module in ("plan", "rates"):
+            monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: int(size))
+        ways = memory_of_both(checkpoints, torch.float32, device, "auto")
+        assert all(way["plan"] == "ignore" for way in ways)
+        return [way["memory"] for way in ways]
+
+    assert modes(first["all"] + second["all"] + 1) == ["all", "all"]
+    assert modes(first["all"] + second["stream"] + 1) == ["all", "stream"]
+    with pytest.raises(MemoryPlanError, match="do not fit at once"):
+        modes(first["layers"] + second["layers"] - 1)
+    ran = run_bare("parity", toy, coded, "-o", "out", *SMALL)
+    assert ran.code == 1
+    assert "do not fit at once" in ran.err
 
 
 def test_inspect_shows_formats_and_backends(run_bare: Callable[..., Any], coded: Path) -> None:

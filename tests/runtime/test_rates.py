@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from neounify.errors import RequestError
 from neounify.runtime.devices import Abilities
 from neounify.runtime.plan import free_memory
-from neounify.runtime.rates import CARDS, DEVICE_NAMES, UNKNOWN, Rates, rates_here, this_machine
+from neounify.runtime.rates import (
+    CARDS,
+    DEVICE_NAMES,
+    PROBE_BYTES,
+    UNKNOWN,
+    Rates,
+    probe,
+    rates_here,
+    this_machine,
+)
 from support.device_abilities import pretending
 
 HOST = 64 * 2**30
@@ -73,3 +84,26 @@ def test_rates_are_measured_where_the_device_is(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(torch.OutOfMemoryError):
             rates_here(device, torch.bfloat16)
     assert set(DEVICE_NAMES.values()) == set(CARDS)
+
+
+@pytest.mark.parametrize(
+    ("free", "size"), [(HOST, PROBE_BYTES), (2**24, 2**21), (None, PROBE_BYTES)]
+)
+def test_bandwidth_is_measured_with_more_than_caches_hold(
+    free: int | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of memory that is short, an eighth for each of two buffers."""
+    assert PROBE_BYTES == 2**28
+    sizes: list[int] = []
+    ones = torch.ones
+
+    def small(*shape: int, **options: Any) -> torch.Tensor:
+        sizes.append(shape[0])
+        return ones(8, **options) if len(shape) == 1 else ones(*shape, **options)
+
+    monkeypatch.setattr("neounify.runtime.rates.available_bytes", lambda: free)
+    monkeypatch.setattr("neounify.runtime.rates.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("torch.ones", small)
+    rates = probe(torch.device("cpu"), torch.float32)
+    assert sizes[-1] == size
+    assert rates.memory > 0

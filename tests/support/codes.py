@@ -16,7 +16,8 @@ def with_codes(
 ) -> NeoUnify:
     """A model on the meta device, its layers as `load` puts them in place for a device."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, format in preset_formats(preset, shapes, model.config.num_layers).items():
+    layers, tied = model.config.num_layers, model.config.tie_embeddings
+    for name, format in preset_formats(preset, shapes, layers, tied=tied).items():
         path, shape = name.rpartition(".")[0], shapes[name]
         plain = model.get_submodule(path)
         if isinstance(plain, nn.Embedding):

@@ -111,7 +111,12 @@ class Scripted:
         """Any number."""
 
     async def answer(
-        self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
+        self,
+        request: ServiceRequest,
+        *,
+        previews: int = 0,
+        deadline: float | None = None,
+        admitted: Callable[[], None] | None = None,
     ) -> AsyncIterator[TaskEvent]:
         self.requests.append(request)
         self.deadlines.append(deadline)
@@ -121,6 +126,8 @@ class Scripted:
             for item in self._script(request, previews):
                 if isinstance(item, Exception):
                     raise item
+                if admitted is not None:
+                    admitted()
                 if isinstance(item, float):
                     await asyncio.sleep(item)
                 else:

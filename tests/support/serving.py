@@ -68,4 +68,4 @@ def serve(service: EngineService, work: Callable[[EngineService], Awaitable[T]])
 
 
 def same_image(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,33 +27,32 @@ from neounify.runtime.memory_plan import (
     Task,
     default_image,
     default_task,
-    fitting_layers,
-    least_prefill_rows,
     peak_bytes,
     weight_bytes,
     working_bytes,
 )
-from neounify.runtime.memory_rows import Kept, PlanRow, first_fit, machine_modes, plan_row
+from neounify.runtime.memory_rows import (
+    Fitted,
+    Kept,
+    PlanRow,
+    first_fit,
+    fitting_layers,
+    machine_modes,
+    plan_row,
+)
+from neounify.runtime.plan import ExecutionPlan
 from neounify.runtime.rates import UNKNOWN, Machine, this_machine
 
 log = logging.getLogger("neounify")
 GB = 1e9
 
 
-class Fitted(NamedTuple):
-    """A mode, and with "layers" the layers of each stream that stay."""
-
-    memory: Mode
-    resident: Resident
-
-
 class _Room(NamedTuple):
-    """What a permitted mode may use, and its name for users."""
+    """What a permitted mode may use, its name for users, and for what alone or beside what."""
 
     machine: Machine
     name: str
-    each: bool = False
-    """Whether it is for each of two streams."""
+    note: str = ""
 
 
 def fit_memory(
@@ -82,6 +81,33 @@ def fit_memory(
     return _chosen(rooms, checkpoint, kept, task, memory, resident_layers, ignore=ignore)
 
 
+def fit_two(
+    checkpoints: Sequence[CheckpointFolder], kept: Sequence[Kept], device: torch.device
+) -> tuple[Fitted, Fitted]:
+    """The modes of two models that are there at once, to compare images of default size.
+
+    The first mode of the first one that leaves room for the second, of which as many layers stay as
+    fit. Raises MemoryPlanError where none does.
+    """
+    machine = _machine(device, ignore=False)
+    tasks = [_task(checkpoint.config, "auto", default_image) for checkpoint in checkpoints]
+
+    def chosen(number: int, rooms: Mapping[Mode, _Room], layers: int | None) -> Fitted:
+        of = (checkpoints[number], kept[number], tasks[number])
+        return _chosen(rooms, *of, "auto", layers, ignore=False)
+
+    for mode in machine_modes(machine):
+        try:
+            first = chosen(0, {mode: _Room(machine, mode)}, 0)
+            left = replace(machine, device=machine.device - (first.peak or 0))
+            beside = {m: _Room(left, m, " beside the first") for m in machine_modes(left)}
+            return first, chosen(1, beside, None)
+        except MemoryPlanError as error:
+            refused = error
+    names = " and ".join(checkpoint.path.name for checkpoint in checkpoints)
+    raise MemoryPlanError(f"{names} do not fit at once: {refused}")
+
+
 def fit_engines(
     checkpoint: CheckpointFolder,
     kept: Kept,
@@ -102,21 +128,23 @@ def fit_engines(
     task, machine = _task(checkpoint.config, attention), _machine(device, ignore=ignore)
     # A process of one engine loads one stream, as the residency of streams does it.
     whole: Mode = "all" if role is None else "stream"
-    if role == "und":
-        task = replace(task, kind="chat")
+    task = replace(task, stream=role)
     rooms = {whole: _Room(machine, "all")}
     if machine.by_layers:
         half = replace(machine, device=machine.device / 2)
-        rooms["layers"] = _Room(half if role is None else machine, "layers", each=role is None)
+        each = " for each stream" if role is None else ""
+        rooms["layers"] = _Room(half if role is None else machine, "layers", each)
     _check_asked(rooms, memory, resident_layers, checkpoint.config, device)
     fitted = _chosen(rooms, checkpoint, kept, task, memory, resident_layers, ignore=ignore)
     fewest = min(fitted.resident.values(), default=0)
-    return Fitted(fitted.memory, dict.fromkeys(STREAMS, fewest))
+    return fitted._replace(resident=dict.fromkeys(STREAMS, fewest))
 
 
-def _task(config: ModelConfig, attention: str) -> Task:
-    """`default_task`, by the rule of a backend of attention for copies of prefixes."""
-    return replace(default_task(config), copied_tokens=copied_tokens(attention))
+def _task(
+    config: ModelConfig, attention: str, default: Callable[[ModelConfig], Task] = default_task
+) -> Task:
+    """A default task, by the rule of a backend of attention for copies of prefixes."""
+    return replace(default(config), copied_tokens=copied_tokens(attention))
 
 
 def _machine(device: torch.device, *, ignore: bool) -> Machine:
@@ -172,7 +200,7 @@ def _chosen(
             rows.append(plan_row(config, kept, task, room.machine, mode, resident))
     chosen = first_fit(rows)
     if chosen is None and task.kind == "t2v" and not ignore:
-        image = replace(default_image(config), copied_tokens=task.copied_tokens)
+        image = replace(default_image(config), copied_tokens=task.copied_tokens, stream=task.stream)
         fitted = _chosen(rooms, checkpoint, kept, image, memory, resident_layers, ignore=False)
         log.warning(
             "%s: images fit in the memory that is free, but not a video of %d frames of %d×%d",
@@ -192,7 +220,7 @@ def _chosen(
         counted = resident_layers is not None
         raise MemoryPlanError(_refusal(rows, every, rooms, checkpoint.path.name, counted=counted))
     row = chosen or rows[-1]
-    return Fitted(row.mode, row.resident)
+    return Fitted(row.mode, row.resident, row.peak)
 
 
 def _resident(
@@ -201,9 +229,7 @@ def _resident(
     """`count` layers of each stream; None as many as fit, 0 where not even that does."""
     if count is not None:
         return dict.fromkeys(task.streams, count)
-    working = working_bytes(config, task, kept.itemsize, least_prefill_rows(task))
-    most = fitting_layers(kept.weights, working, machine.device, unified=machine.unified)
-    return most or dict.fromkeys(task.streams, 0)
+    return fitting_layers(config, kept, task, machine) or dict.fromkeys(task.streams, 0)
 
 
 def _check_count(resident_layers: int, count: int) -> None:
@@ -217,6 +243,7 @@ def _check_count(resident_layers: int, count: int) -> None:
 
 def _int8(checkpoint: CheckpointFolder, kept: Kept) -> Kept:
     weights = weight_bytes(checkpoint.config, kept.itemsize, 8)
+    weights = replace(weights, adapters=kept.weights.adapters)
     return Kept(name="int8", weights=weights, itemsize=kept.itemsize)
 
 
@@ -236,16 +263,26 @@ def _refusal(
     def named(row: PlanRow) -> str:
         return _named(rooms[row.mode].name, row, counted=counted)
 
-    least = min(rows, key=lambda row: row.peak)
-    machine, _, each = rooms[least.mode]
+    def locks(row: PlanRow) -> bool:
+        """Whether only the buffers that it locks on the host do not fit."""
+        return row.peak <= rooms[row.mode].machine.device
+
+    least = min(rows, key=lambda row: (not locks(row), row.peak))
+    machine, _, note = rooms[least.mode]
     needs = f"{name} with {named(least)} peaks at {least.peak / GB:.1f} GB"
-    have = f"{machine.device / GB:.1f} GB are free{' for each stream' if each else ''}"
+    have = f"{machine.device / GB:.1f} GB are free{note}"
+    if locks(least):
+        needs = f"{name} with {named(least)} locks {least.locked / GB:.1f} GB of the host's memory"
+        have = f"{machine.host / GB:.1f} GB of it are free"
     fitting = [row for row in every if row.fits]
     if not fitting:
-        smallest = min(every, key=lambda row: row.peak)
+        smallest = min(every, key=lambda row: (not locks(row), row.peak))
+        size, verb = smallest.peak, "peak at"
+        if locks(smallest):
+            size, verb = smallest.locked, "lock"
         what = (
-            f"nothing fits: {smallest.weights} weights with {named(smallest)} peak at "
-            f"{smallest.peak / GB:.1f} GB"
+            f"nothing fits: {smallest.weights} weights with {named(smallest)} {verb} "
+            f"{size / GB:.1f} GB"
         )
     else:
         best = fitting[0]
@@ -265,20 +302,18 @@ def used_up(
     checkpoint: CheckpointFolder,
     kept: Kept,
     device: torch.device,
-    memory: Mode,
-    resident: Resident,
+    fitted: Fitted,
     error: Exception,
     *,
     attention: str = "auto",
 ) -> MemoryPlanError:
-    """The error for memory that was used up while weights were read: the plan, and what is less.
-
-    `resident`: the layers of each stream that were to stay.
-    """
-    config = checkpoint.config
+    """The error for memory that was used up while weights were read: the plan, and what is less."""
+    config, (memory, resident, peak) = checkpoint.config, fitted
     task, machine = _task(config, attention), _machine(device, ignore=True)
     none: Resident = dict.fromkeys(task.streams, 0)
-    used = plan_row(config, kept, task, machine, memory, resident or none)
+    if peak is None:
+        peak = plan_row(config, kept, task, machine, memory, resident or none).peak
+    machine = replace(machine, device=peak)
     rows = [
         plan_row(config, form, task, machine, mode, none)
         for form in (kept, _int8(checkpoint, kept))
@@ -289,12 +324,12 @@ def used_up(
         f"{'' if row.weights == kept.name else 'int8 weights and '}"
         f"{_named(row.mode, row, counted=counted)} peaks at {row.peak / GB:.1f} GB"
         for row in rows
-        if row.peak < used.peak
+        if row.peak < peak
     ]
     reason = (str(error).splitlines() or ["out of memory"])[0]
     return MemoryPlanError(
         f"{checkpoint.path.name}: memory was used up while its weights were read ({reason}); by "
-        f"the plan memory={memory!r} peaks at {used.peak / GB:.1f} GB, and {actual_peak(device)}; "
+        f"the plan memory={memory!r} peaks at {peak / GB:.1f} GB, and {actual_peak(device)}; "
         + (", ".join(advice) or "nothing needs less: free memory, or take another device")
     )
 
@@ -312,13 +347,13 @@ def actual_peak(device: torch.device) -> str:
 def peaks(
     model: NeoUnify,
     residency: Residency | None,
+    plan: ExecutionPlan,
     kept: Kept | None = None,
-    *,
-    attention: str = "auto",
 ) -> str:
     """Predicted peak of a loaded model, for `default_task`, and the actual one so far.
 
-    `kept`: its weights as they were loaded, None for plain ones in the dtype of the model.
+    `plan` has the limits of its calls. `kept`: its weights as they were loaded, None for plain ones
+    in the dtype of the model.
     """
     itemsize = model.compute_dtype.itemsize
     mode: Mode = "all"
@@ -327,11 +362,11 @@ def peaks(
         mode, resident = "layers", residency.resident
     elif isinstance(residency, StreamResidency):
         mode = "stream"
-    task = _task(model.config, attention)
+    task = _task(model.config, plan.attention)
     predicted = peak_bytes(
         weight_bytes(model.config, itemsize) if kept is None else kept.weights,
         mode,
-        working_bytes(model.config, task, itemsize),
+        working_bytes(model.config, task, itemsize, plan.prefill_rows, plan.branch_rows),
         resident,
         unified=abilities(model.device).unified,
     )

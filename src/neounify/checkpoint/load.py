@@ -29,8 +29,7 @@ from neounify.errors import RequestError, is_out_of_memory
 from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
-from neounify.runtime.memory_plan import Mode
-from neounify.runtime.memory_rows import Kept
+from neounify.runtime.memory_rows import Fitted, Kept
 from neounify.runtime.plan import free_memory
 from neounify.runtime.process import return_freed_memory
 
@@ -141,26 +140,39 @@ def load_checkpoint(
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
-    coded = bool(quantise or (checkpoint.quantised and backend != DECODED))
-    kept = _counted(checkpoint, choice.dtype, backend, quantise)
-    fit = _fitted(checkpoint, kept, choice.dtype, place, memory, resident_layers, plan, attention)
-    memory, resident = fit
     updates = read_loras(lora, lora_strength, shapes, checkpoint.config.family)
+    decoded = backend == DECODED
+    kept = _counted(checkpoint, choice.dtype, decoded, quantise, numbers_of(updates), shapes)
+    fit = _fitted(checkpoint, kept, choice.dtype, place, memory, resident_layers, plan, attention)
     sources = stored_weights(checkpoint, shapes, updates, shares)
+    coded = bool(quantise or (checkpoint.quantised and not decoded))
     with _within_memory(checkpoint, kept, place, fit, attention):
         small: dict[str, Tensor] = {}
         if coded:
             from neounify.checkpoint.quantised_layers import place_codes
 
             small = place_codes(model, sources, checkpoint, place, quantise, backend)
-        _fill(model, sources, small, choice.dtype, place, memory, verify=verify)
+        _fill(model, sources, small, choice.dtype, place, fit.memory, verify=verify)
         model.compute_dtype = choice.dtype
-        residency = _residency(model, sources, memory, resident, backend if coded else DECODED)
+        residency = _residency(model, sources, *fit[:2], backend if coded else DECODED)
     return LoadedCheckpoint(model.eval(), residency, checkpoint, choice, kept)
 
 
+def numbers_of(updates: Mapping[str, Sequence[LoraPair]]) -> dict[str, int]:
+    """How many numbers the LoRA pairs of each weight hold."""
+    return {
+        name: sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+        for name, pairs in updates.items()
+    }
+
+
 def _counted(
-    checkpoint: CheckpointFolder, dtype: torch.dtype, backend: str, quantise: str | None
+    checkpoint: CheckpointFolder,
+    dtype: torch.dtype,
+    decoded: bool,
+    quantise: str | None,
+    updates: Mapping[str, int],
+    shapes: Mapping[str, torch.Size],
 ) -> Callable[[], Kept]:
     """A function that counts the weights, once, when they are first asked for."""
 
@@ -168,7 +180,9 @@ def _counted(
     def count() -> Kept:
         from neounify.checkpoint.sizes import kept_weights
 
-        return kept_weights(checkpoint, dtype, decoded=backend == DECODED, quantise=quantise)
+        return kept_weights(
+            checkpoint, dtype, decoded=decoded, quantise=quantise, updates=updates, shapes=shapes
+        )
 
     return count
 
@@ -178,7 +192,7 @@ def _within_memory(
     checkpoint: CheckpointFolder,
     kept: Callable[[], Kept],
     device: torch.device,
-    fitted: tuple[Mode, Mapping[StreamName, int]],
+    fitted: Fitted,
     attention: str,
 ) -> Iterator[None]:
     """Context of reading weights: an error of memory becomes a MemoryPlanError, with advice."""
@@ -190,7 +204,7 @@ def _within_memory(
             raise
         from neounify.checkpoint.fit import used_up
 
-        gone = used_up(checkpoint, kept(), device, *fitted, error, attention=attention)
+        gone = used_up(checkpoint, kept(), device, fitted, error, attention=attention)
         # The frames of the error hold tensors.
         raise gone from error.with_traceback(None)
 
@@ -235,7 +249,7 @@ def _fitted(
     resident_layers: int | None,
     plan: PlanUse,
     attention: str,
-) -> tuple[Mode, Mapping[StreamName, int]]:
+) -> Fitted:
     """The mode to load in, and the layers that stay. Raises MemoryPlanError.
 
     No plan is made where memory is far from full, or everything is to be tried.
@@ -244,9 +258,9 @@ def _fitted(
         free = free_memory(device)
         plenty = free is None or PLENTY * bytes_in(checkpoint, dtype) + SPARE_BYTES < free
         if plenty or (memory == "all" and plan == "ignore"):
-            return "all", {}
+            return Fitted("all")
     if memory == "stream" and plan == "ignore":
-        return "stream", {}
+        return Fitted("stream")
     from neounify.checkpoint.fit import fit_memory
 
     ignore = plan == "ignore"
@@ -254,7 +268,7 @@ def _fitted(
         checkpoint, kept(), device, memory, resident_layers, attention=attention, ignore=ignore
     )
     log.info("memory=%r", fitted.memory)
-    return fitted.memory, fitted.resident
+    return fitted
 
 
 def _opened(

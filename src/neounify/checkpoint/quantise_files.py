@@ -191,7 +191,8 @@ def _parts(
         formats = _stored_formats(checkpoint, sources)
     else:
         sizes = {name: tuple(shape) for name, shape in shapes.items()}
-        formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
+        layers, tied = checkpoint.config.num_layers, checkpoint.config.tie_embeddings
+        formats = preset_formats(preset, sizes, layers, tied=tied)
         check_plain(checkpoint, formats)
     return [_Part(to_published(n, family), s, formats.get(n)) for n, s in sources.items()]
 

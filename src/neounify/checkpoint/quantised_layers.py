@@ -139,8 +139,9 @@ def place_new(
     codes, and ConfigError for shares that a format cannot be cut into.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layers, tied = model.config.num_layers, model.config.tie_embeddings
     placed = 0
-    for name, format in preset_formats(preset, shapes, model.config.num_layers).items():
+    for name, format in preset_formats(preset, shapes, layers, tied=tied).items():
         source = sources[name]
         if source.codes or not _takes_codes(model, name):
             continue

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.names import from_published, layer_of, stream_of
+from neounify.checkpoint.names import from_published, layer_of, stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.quant.presets import preset_formats
 from neounify.runtime.memory_plan import STREAMS, StreamName, WeightBytes, weight_bytes
@@ -18,6 +18,8 @@ from neounify.runtime.memory_rows import Kept
 EMBEDDING, TEXT_HEAD = "embed_tokens.weight", "lm_head.weight"
 MAKING = 0.06e9
 """Bytes that quantising takes beside its results, and leaves; measured, see docs/memory.md."""
+ADAPTER_BYTES = 4
+"""Of a number of an adapter beside codes, float32."""
 DTYPE_LABELS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -32,47 +34,70 @@ def kept_weights(
     *,
     decoded: bool = False,
     quantise: str | None = None,
+    updates: Mapping[str, int] | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> Kept:
     """Weights of a checkpoint loaded in `dtype`, and what its files hold of each stream.
 
     Codes of quantised weights stay as they are, unless they are `decoded`; others become codes with
-    the preset `quantise`.
+    the preset `quantise`. `updates` by LoRA files (see `numbers_of`) stay beside codes. `shapes`
+    (by our names) are those of the model, where the checkpoint has been checked against them.
+
+    Raises CheckpointError for weights that do not fit the config.
     """
+    if shapes is None:
+        shapes = expected_shapes(checkpoint.config)
+        checkpoint.check(shapes)
+    updates = updates or {}
     weights, stored = weight_bytes(checkpoint.config, dtype.itemsize), stored_bytes(checkpoint)
     label = DTYPE_LABELS[dtype]
-    saved = {} if decoded else _saved(checkpoint, dtype.itemsize, quantise)
+    saved = {} if decoded else _saved(checkpoint, shapes, dtype.itemsize, quantise, updates)
     if saved:
         weights, label = _without(weights, saved), quantise or "codes"
-        weights = replace(weights, making=MAKING if quantise else 0)
-    shares = {name: stored[name] / (weights.stream(name) + weights.rest[name]) for name in STREAMS}
+        beside = sum(updates.get(name, 0) for name in saved.keys() - {EMBEDDING})
+        making = MAKING if quantise else 0
+        weights = replace(weights, adapters=ADAPTER_BYTES * beside, making=making)
+    head = checkpoint.tensors.get(to_published(TEXT_HEAD, checkpoint.config.family))
+    as_stored = head is not None and head.dtype == dtype
+    mapped = as_stored and TEXT_HEAD not in saved and TEXT_HEAD not in updates
+    weights = replace(weights, head_mapped=mapped)
+    kept = Kept(name=label, weights=weights, itemsize=dtype.itemsize, stored=stored)
+    merged = {place[1] for name in updates.keys() - saved.keys() if (place := layer_of(name))}
     staged = {
-        name: share * weights.largest(name)
-        for name, share in shares.items()
-        if not 0.99 < share < 1.01
+        name: kept.share(name) * weights.largest(name)
+        for name in STREAMS
+        if name in merged or not 0.99 < kept.share(name) < 1.01
     }
-    return Kept(
-        name=label,
-        weights=replace(weights, staged=staged),
-        itemsize=dtype.itemsize,
-        stored=stored,
-    )
+    return replace(kept, weights=replace(weights, staged=staged))
 
 
-def _saved(checkpoint: CheckpointFolder, itemsize: int, quantise: str | None) -> dict[str, float]:
+def _saved(
+    checkpoint: CheckpointFolder,
+    shapes: Mapping[str, torch.Size],
+    itemsize: int,
+    quantise: str | None,
+    updates: Mapping[str, int],
+) -> dict[str, float]:
     """Bytes by which codes, with what belongs to them, are less than plain weights (our names)."""
     saved: dict[str, float] = {}
     for published, codes in checkpoint.quantised.items():
         info = checkpoint.tensors[published]
         size = info.nbytes + codes.bytes_beside
         saved[from_published(published) or ""] = prod(codes.shape) * itemsize - size
+    # An embedding is decoded where it is tied, and where a LoRA updates its stored codes.
+    plain = checkpoint.config.tie_embeddings or (EMBEDDING in saved and EMBEDDING in updates)
     if quantise is not None:
-        shapes = {name: tuple(s) for name, s in expected_shapes(checkpoint.config).items()}
-        formats = preset_formats(quantise, shapes, checkpoint.config.num_layers)
+        formats = preset_formats(
+            quantise,
+            shapes,
+            checkpoint.config.num_layers,
+            tied=checkpoint.config.tie_embeddings,
+        )
         for name in formats.keys() - saved.keys():
             layout = formats[name].layout(shapes[name]).values()
             size = sum(prod(shape) * dtype.itemsize for shape, dtype in layout)
             saved[name] = prod(shapes[name]) * itemsize - size
-    if checkpoint.config.tie_embeddings:  # it is decoded
+    if plain:
         saved.pop(EMBEDDING, None)
     return saved
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neounify.cli.display import Display
-from neounify.cli.files import check_new_folder
+from neounify.cli.files import check_apart, check_new_folder
 from neounify.cli.models import default_device, resolve_model
 from neounify.cli.options import FILES, MODEL, ConfigFolder, OverwriteOptions, ReportOptions, option
 from neounify.errors import RequestError
@@ -94,6 +94,7 @@ def parity(
     display = Display(quiet=report.quiet, json=report.json)
     folder, other = resolve_model(first, "MODEL"), resolve_model(second, "OTHER")
     _check(folder, config, other, options)
+    check_apart(output, folder, other, config)
     check_new_folder(output, "a report", overwrite=overwrite.overwrite)
     write_parity(folder, config, other, options, output, display)
 
@@ -150,7 +151,7 @@ def write_parity(
 ) -> None:
     """Compare two models and write the report. Raises the errors of loading."""
     with lasting_imports():
-        from neounify.checkpoint import CheckpointFolder
+        from neounify.checkpoint import CheckpointFolder, choose_dtype
         from neounify.checkpoint.quantised_layers import kept_formats
         from neounify.evaluate.parity import weight_errors
         from neounify.pipeline import load
@@ -163,10 +164,13 @@ def write_parity(
     device = comparison_device(checkpoints[0], kept_formats(checkpoints[1]).values(), options)
     if options.device is None and device.type != default_device():
         display.note(f"compared on the CPU: {default_device()} cannot hold codes of these weights")
+    dtype = choose_dtype(options.dtype, checkpoints[0], device.type).dtype
+    ways = memory_of_both(checkpoints, dtype, device, options.backend)
     with display.bar("loading both models"):
-        a = load(first, config=config, dtype=options.dtype, device=device)
-        dtype = a.model.compute_dtype
-        b = load(second, config=config, dtype=dtype, device=device, backend=options.backend)
+        a = load(first, config=config, dtype=dtype, device=device, **ways[0])
+        b = load(
+            second, config=config, dtype=dtype, device=device, backend=options.backend, **ways[1]
+        )
     result, sheet = _compare(a, b, options, display, weights, formats)
     about = asdict(options) | {
         "first": first.resolve().name,
@@ -183,6 +187,39 @@ def write_parity(
     display.say(result.to_markdown())
     display.result(f"saved {output}", output)
     display.emit({"about": about} | result.to_json())
+
+
+def memory_of_both(
+    checkpoints: Sequence[CheckpointFolder],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> list[dict[str, Any]]:
+    """Arguments of `load` for two models that are there at once.
+
+    Raises MemoryPlanError where they do not fit together.
+    """
+    from neounify.checkpoint.fit import fit_two
+    from neounify.checkpoint.load import DECODED
+    from neounify.checkpoint.sizes import kept_weights
+    from neounify.runtime.plan import free_memory
+
+    if free_memory(device) is None:
+        return [{}, {}]  # nothing can be planned
+    # The first one's codes compute as they do by default.
+    backends = ("auto", backend)
+    kept = [
+        kept_weights(checkpoint, dtype, decoded=name == DECODED)
+        for checkpoint, name in zip(checkpoints, backends, strict=True)
+    ]
+    return [
+        {
+            "memory": fitted.memory,
+            "resident_layers": min(fitted.resident.values(), default=None),
+            "plan": "ignore",  # planned here, for both at once
+        }
+        for fitted in fit_two(checkpoints, kept, device)
+    ]
 
 
 def _compare(

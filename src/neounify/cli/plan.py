@@ -136,9 +136,9 @@ def _plan_inference(options: PlanOptions, display: Display) -> None:
     with lasting_imports():
         from neounify.runtime.memory_rows import first_fit, plan_rows
 
-    config, kept, name, notes = _forms(options)
+    config, kept, dtype, name, notes = _forms(options)
     task = _task(config, options)
-    machine, host = _machine(options)
+    machine, host = _machine(options, dtype)
     rows = plan_rows(config, kept, task, machine)
     chosen = first_fit([row for row in rows if row.weights == kept[0].name])
     display.say(f"{name}, {_described(task, config)}       {host}")
@@ -200,14 +200,19 @@ def _duration(seconds: float) -> str:
     return f"{_seconds(seconds)} s"
 
 
-def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str]]:
-    """Config, forms of the weights (those of the model first), its name, notes on its files."""
+def _forms(
+    options: PlanOptions,
+) -> tuple[ModelConfig, list[Kept], torch.dtype, str, list[str]]:
+    """Config, forms of the weights (those of the model first), its dtype, name, notes on files."""
+    import torch
+
     from neounify.runtime.memory_plan import weight_bytes
     from neounify.runtime.memory_rows import Kept
 
     if options.preset is not None:
         config = PRESETS[options.preset]
-        kept = Kept(name="bf16", weights=weight_bytes(config, 2), itemsize=2)
+        dtype = torch.bfloat16
+        kept = Kept(name="bf16", weights=weight_bytes(config, 2), itemsize=dtype.itemsize)
         name, notes = options.preset.upper(), []
     else:
         from neounify.checkpoint import CheckpointFolder, choose_dtype
@@ -220,7 +225,7 @@ def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str
         kept = kept_weights(checkpoint, dtype)
         notes = _notes(checkpoint, dtype)
     int8 = Kept(name="int8", weights=weight_bytes(config, kept.itemsize, 8), itemsize=kept.itemsize)
-    return config, [kept, int8], name, notes
+    return config, [kept, int8], dtype, name, notes
 
 
 def _notes(checkpoint: CheckpointFolder, dtype: torch.dtype) -> list[str]:
@@ -235,6 +240,13 @@ def _notes(checkpoint: CheckpointFolder, dtype: torch.dtype) -> list[str]:
 
 def _task(config: ModelConfig, options: PlanOptions) -> Task:
     """The task of the options, with the checkpoint's defaults. Raises UsageError."""
+    task = _asked_task(config, options)
+    if task.writes and not config.lm_head:
+        raise UsageError("this model has no lm_head, so it writes no text: leave out the text")
+    return task
+
+
+def _asked_task(config: ModelConfig, options: PlanOptions) -> Task:
     from neounify.flow.guidance import Guidance
     from neounify.image.pixels import output_size
     from neounify.runtime.memory_plan import Task
@@ -322,8 +334,11 @@ def _device_type(options: PlanOptions) -> str:
     return "cpu" if options.gpu == "none" else "cuda"
 
 
-def _machine(options: PlanOptions) -> tuple[Machine, str]:
-    """The machine of the options, and its description; this one where they name none."""
+def _machine(options: PlanOptions, dtype: torch.dtype) -> tuple[Machine, str]:
+    """The machine of the options, and its description; this one where they name none.
+
+    Its rate of products is that in `dtype`.
+    """
     import torch
 
     from neounify.runtime.devices import abilities
@@ -339,10 +354,9 @@ def _machine(options: PlanOptions) -> tuple[Machine, str]:
     if options.gpu in (None, "none"):
         if not abilities(device).unified and free_memory(device) is None:
             raise UsageError(f"{device} does not say how much memory is free: name it with --gpu")
+        machine = this_machine(device, rates_here(device, dtype), host)
         if device.type == "cpu":
-            machine = this_machine(device, rates_here(device, torch.float32), host)
             return machine, f"CPU, {memory}"
-        machine = this_machine(device, rates_here(device, torch.bfloat16), host)
         return machine, f"{machine.rates.name} {machine.device / 2**30:.0f} GB free · {memory}"
     if options.gpu in CARDS:
         size, rates = CARDS[options.gpu]
@@ -367,17 +381,33 @@ def _gibibytes(name: str, text: str) -> int:
 
 def advice(rows: list[PlanRow], task: Task, machine: Machine) -> str:
     """What to change where the weights as they are fit in no mode."""
-    device = f"{machine.device / GB:.1f} GB"
     others = [row for row in rows if row.fits]
-    least = min(rows, key=lambda row: row.peak)
     if others:
         best = others[0]
+        ours = _nearest([row for row in rows if row.weights == rows[0].weights], machine)
+        why = f" in {machine.device / GB:.1f} GB"
+        if ours.peak <= machine.device:
+            why = f": {ours.mode} lock {_locked(ours, machine)}"
         return (
-            f"{rows[0].weights} weights do not fit in {device}; {best.weights} with --memory "
-            f"{best.mode} does, with a peak of {_gb(best.peak)}"
+            f"{rows[0].weights} weights do not fit{why}; {best.weights} with --memory {best.mode} "
+            f"does, with a peak of {_gb(best.peak)}"
         )
+    least = _nearest(rows, machine)
+    if least.peak <= machine.device:
+        what = f"{least.weights} with --memory {least.mode}"
+        return f"nothing fits: {what} locks {_locked(least, machine)}; take a host with more memory"
     less = ", or ask for a smaller --size" if task.paints else ""
     return (
-        f"nothing fits in {device}: the least is {_gb(least.peak)}, {least.weights} with --memory "
-        f"{least.mode}; take a device or host of that size{less}"
+        f"nothing fits in {machine.device / GB:.1f} GB: the least is {_gb(least.peak)}, "
+        f"{least.weights} with --memory {least.mode}; take a device or host of that size{less}"
     )
+
+
+def _nearest(rows: list[PlanRow], machine: Machine) -> PlanRow:
+    """Of rows that do not fit, one whose peak does, else the one with the least."""
+    return min(rows, key=lambda row: (row.peak > machine.device, row.peak))
+
+
+def _locked(row: PlanRow, machine: Machine) -> str:
+    free = f"{machine.host / GB:.1f} GB"
+    return f"{_gb(row.locked)} of the host's memory, of which {free} are free"

@@ -489,7 +489,7 @@ class Pipeline:
         from neounify.checkpoint.fit import peaks
 
         kept = None if self._kept is None else self._kept()
-        return peaks(self.model, self._residency, kept, attention=self.attention)
+        return peaks(self.model, self._residency, self._plan, kept)
 
 
 def _warn_untrained(config: ModelConfig, width: int, height: int) -> None:

@@ -1,15 +1,17 @@
 """Peak memory and time of inference from sizes alone, before a weight is read.
 
-Units of residency: the layers of each stream, what a stream has besides, the text head, and the
-embedding, whose rows are looked up on the host. With ℓ, the bytes of the largest layer of a stream
-as kept, a device peaks at 1.03 (fragments) times
+Units of residency: the layers of each stream, what a stream has besides, and what both share: the
+embedding, the text head and LoRA adapters beside codes, which stay in every mode. With ℓ, the bytes
+of the largest layer of a stream as kept, a device peaks at 1.03 (fragments) times
 
-    all       both streams + text head + A
-    stream    the larger of und + text head + A of prefill, and gen + A of denoising
-    layers    (r + 3) ℓ + rest + A, of the stream that needs most; r layers stay, three are buffers
+    all       both streams + shared + A
+    stream    the larger of und + A of prefill, and gen + A of denoising, + shared
+    layers    (r + 3) ℓ + rest + shared + A, of the stream that needs most; r layers stay, three
+              are buffers
 
 plus 0.5 GB (context). On the CPU weights are used where the file is mapped: one layer at a time is
-there besides the r, nothing is locked, the embedding is there too, and the process takes PROCESS.
+there besides the r, nothing is locked, a text head that is mapped counts with und alone, and the
+process takes PROCESS.
 
 A is the working memory of the largest call: its rows (`runtime.plan.row_bytes`), keys and values
 of the prefixes, copies of them where attention makes some, and 24 bytes a value of float32 state.
@@ -75,17 +77,26 @@ class WeightBytes:
     """Bytes of the units of residency, as kept.
 
     `layers` of each stream in order; `rest`: patch embedding and final norm, of the generation
-    stream also the scalar embedders and the image head. `lm_head` counts the embedding where the
-    two are tied. `staged`: the largest layer as files hold it, where that is not as kept. `making`:
-    what the work of quantising takes beside its results, where weights are quantised as they come.
+    stream also the scalar embedders and the image head. `lm_head` is 0 where there is none, or it
+    is the embedding, `head_mapped` whether a CPU uses it where its file is mapped, so that images
+    do not touch it. `adapters`: LoRA adapters beside codes. `staged`: the largest layer as files
+    hold it, where layers are converted from that. `making`: what the work of quantising takes
+    beside its results, where weights are quantised as they come.
     """
 
     layers: Mapping[StreamName, Sequence[float]]
     rest: Mapping[StreamName, float]
     embedding: float
     lm_head: float
+    head_mapped: bool = True
+    adapters: float = 0
     staged: Mapping[StreamName, float] = field(default_factory=dict)
     making: float = 0
+
+    @property
+    def shared(self) -> float:
+        """What is of no stream, and always there."""
+        return self.embedding + self.lm_head + self.adapters
 
     def stream(self, name: StreamName) -> float:
         """All layers of a stream."""
@@ -102,7 +113,7 @@ class WeightBytes:
     def slots(self, name: StreamName, *, unified: bool) -> float:
         """Bytes of layers that come and go: on the CPU the one in use, else the slots.
 
-        A layer that is stored otherwise than it is kept is converted from its slot.
+        A layer that is stored otherwise than it is kept, or updated, is converted from its slot.
         """
         largest = self.largest(name)
         if unified:
@@ -172,7 +183,7 @@ def weight_bytes(config: ModelConfig, itemsize: float, bits: int | None = None) 
         },
         rest={name: unit.bytes(itemsize) for name, unit in rest_units(config).items()},
         embedding=vocabulary,
-        lm_head=vocabulary,
+        lm_head=vocabulary if config.lm_head and not config.tie_embeddings else 0.0,
     )
 
 
@@ -196,9 +207,9 @@ class Task:
 
     `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
     every branch, `think` tokens are written before the image (or, in a chat, the answer).
-    `step_cache`: residuals of the layers are kept between steps. `copied_tokens`: images that see
-    at most so many tokens, themselves included, have their prefixes copied, by the rule of the
-    attention backend (`neounify.attention.copied_tokens`).
+    `copied_tokens`: images that see at most so many tokens, themselves included, have their
+    prefixes copied, by the rule of the attention backend (`neounify.attention.copied_tokens`).
+    `stream` is the one of a process that works with one alone.
     """
 
     kind: TaskKind = "t2i"
@@ -210,11 +221,10 @@ class Task:
     reference_tokens: int = 0
     think: int = 0
     prompt: int = PROMPT_TOKENS
-    step_cache: bool = False
-    jobs: int = 1
     frames: int = 0
     tubes: bool = False
     copied_tokens: int = COPIED_TOKENS
+    stream: StreamName | None = None
 
     @property
     def paints(self) -> bool:
@@ -222,6 +232,8 @@ class Task:
 
     @property
     def streams(self) -> tuple[StreamName, ...]:
+        if self.stream is not None:
+            return (self.stream,)
         return STREAMS if self.paints else ("und",)
 
     @property
@@ -283,14 +295,13 @@ def step_cache_bytes(config: ModelConfig, tokens: int, itemsize: float) -> float
 
 
 def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = UNLIMITED) -> float:
-    """A of denoising: rows of a call, state, residuals kept, keys and values of prefixes.
+    """A of denoising: rows of a call, state, keys and values of prefixes.
 
     `limit` is that of `branches_apart`, which says whether a call has the rows of all branches.
     """
-    n, runs = task.tokens(config), task.branches * task.jobs
-    cached = step_cache_bytes(config, n, itemsize) if task.step_cache else 0
+    n, runs = task.tokens(config), task.branches
     clip = task.frames > 0
-    apart = branches_apart(n, task.branches * n, limit)
+    apart = branches_apart(n, runs * n, limit)
     together = 1 if apart else runs
     row, head = row_bytes(config, "gen", itemsize), head_bytes(config, itemsize, clip=clip)
     # Predictions of earlier calls of the step; of a clip the point that it moves to, and
@@ -299,11 +310,10 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = U
     waiting = (runs - together) * values
     moved = values + PIECES * min(values, PIECE_BYTES) if clip else 0
     rows = max(together * n * row, together * n * head + moved) + waiting
-    keys = task.branches * task.prefix
+    keys = runs * task.prefix
     if n + task.prefix <= task.copied_tokens:
         keys += runs * (n + task.prefix)
-    state = task.jobs * state_bytes(config, n, clip=clip)
-    return rows + state + runs * cached + keys * config.kv_bytes(itemsize)
+    return rows + state_bytes(config, n, clip=clip) + keys * config.kv_bytes(itemsize)
 
 
 def prefill_bytes(
@@ -339,8 +349,10 @@ def working_bytes(
 
     `branch_rows` is the limit of `branches_apart`.
     """
-    working: dict[StreamName, float] = {"und": prefill_bytes(config, task, itemsize, prefill_rows)}
-    if task.paints:
+    working: dict[StreamName, float] = {}
+    if "und" in task.streams:
+        working["und"] = prefill_bytes(config, task, itemsize, prefill_rows)
+    if "gen" in task.streams:
         working["gen"] = denoise_bytes(config, task, itemsize, branch_rows)
     return working
 
@@ -362,12 +374,11 @@ def stream_bytes(
     resident: int | None = None,
     *,
     unified: bool = False,
-    writes: bool = True,
 ) -> float:
     """Bytes while one stream works: all of its layers, or `resident` of them and the buffers."""
-    fixed = weights.rest[stream] + working
-    if stream == "und" and writes:
-        fixed += weights.lm_head
+    fixed = weights.rest[stream] + weights.shared + working
+    if unified and stream == "gen" and weights.head_mapped:
+        fixed -= weights.lm_head
     layers = weights.layers[stream]
     if resident is None or resident == len(layers):
         return fixed + weights.stream(stream)
@@ -392,7 +403,7 @@ def peak_bytes(
     """Peak of a mode on a device, or with `unified` the resident size of the process."""
     if mode == "all":
         parts = sum(weights.stream(name) + weights.rest[name] for name in STREAMS)
-        least = parts + weights.lm_head + max(working.values())
+        least = parts + weights.shared + max(working.values())
     else:
         kept = resident if mode == "layers" and resident is not None else {}
         least = max(
@@ -401,27 +412,5 @@ def peak_bytes(
         )
     least += weights.making
     if unified:
-        return least + weights.embedding + PROCESS
+        return least + PROCESS
     return FRAGMENTS * least + CONTEXT
-
-
-def fitting_layers(
-    weights: WeightBytes,
-    working: Mapping[StreamName, float],
-    device: float,
-    *,
-    unified: bool = False,
-) -> dict[StreamName, int] | None:
-    """The most layers of each stream that may stay; None where not even none fits."""
-    chosen: dict[StreamName, int] = {}
-    for name, a in working.items():
-        count = len(weights.layers[name])
-        fits = [
-            r
-            for r in range(count + 1)
-            if peak_bytes(weights, "layers", {name: a}, {name: r}, unified=unified) <= device
-        ]
-        if not fits:
-            return None
-        chosen[name] = max(fits)
-    return chosen

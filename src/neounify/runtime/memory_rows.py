@@ -1,13 +1,16 @@
 """Rows of a memory plan: every mode with its peak and its times, and the first that fits.
 
 A step takes max(F/φ, S/β): F operations at the sustained rate φ, S streamed bytes at the rate of
-copies β, or at the disk's where the page cache cannot hold the stream that is read.
+copies β, or at the disk's where the page cache cannot hold the stream that is read. Bytes that move
+are those of files; what does not pass through locked buffers comes at a third of β.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 from neounify.config import ModelConfig
 from neounify.runtime.memory_plan import (
@@ -19,7 +22,6 @@ from neounify.runtime.memory_plan import (
     StreamName,
     Task,
     WeightBytes,
-    fitting_layers,
     layer_unit,
     least_prefill_rows,
     peak_bytes,
@@ -32,6 +34,8 @@ from neounify.runtime.rates import Machine
 
 TEXT_SHARE = 0.7
 """Share of a device's bandwidth that decoding reaches."""
+PAGEABLE = 1 / 3
+"""Share of β that copies from mapped files reach, which are not locked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,12 @@ class Kept:
     def read(self, stream: StreamName) -> float:
         """Bytes of files read to stream all layers of one stream."""
         return self.weights.stream(stream) if self.stored is None else self.stored[stream]
+
+    def share(self, stream: StreamName) -> float:
+        """Bytes of files for each byte of a stream as kept."""
+        if self.stored is None:
+            return 1.0
+        return self.stored[stream] / (self.weights.stream(stream) + self.weights.rest[stream])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,17 @@ class PlanRow:
     text: float | None = None
 
 
+class Fitted(NamedTuple):
+    """A mode, with "layers" the layers of each stream that stay, and the peak by the plan.
+
+    The peak is None where no plan was made.
+    """
+
+    memory: Mode
+    resident: Resident = MappingProxyType({})
+    peak: float | None = None
+
+
 # --- times ---
 
 
@@ -90,11 +111,11 @@ def _passed(config: ModelConfig, stream: StreamName, number: int) -> int:
 
 def step_operations(config: ModelConfig, task: Task) -> float:
     """F of a denoising step: 2 · P · R + 4 · b · n · (n + prefix) · Q · L."""
-    n, runs = task.tokens(config), task.branches * task.jobs
+    n = task.tokens(config)
     parameters = passed_parameters(config, "gen") + rest_units(config)["gen"].rest
     pairs = n * (n + task.prefix)
     queries = config.num_heads * config.head_dim
-    return runs * (2.0 * parameters * n + 4.0 * pairs * queries * config.num_layers)
+    return task.branches * (2.0 * parameters * n + 4.0 * pairs * queries * config.num_layers)
 
 
 def prefill_operations(config: ModelConfig, task: Task) -> float:
@@ -108,7 +129,8 @@ def prefill_operations(config: ModelConfig, task: Task) -> float:
 
 def decoded_bytes(config: ModelConfig, weights: WeightBytes) -> float:
     """Bytes of weights that one decoded token reads: its experts, and the text head."""
-    return weights.lm_head + sum(_of_token(config, weights))
+    head = weights.embedding if config.tie_embeddings else weights.lm_head
+    return head + sum(_of_token(config, weights))
 
 
 def _of_token(config: ModelConfig, weights: WeightBytes) -> list[float]:
@@ -123,10 +145,13 @@ def _of_token(config: ModelConfig, weights: WeightBytes) -> list[float]:
 # --- rows ---
 
 
-def plan_row(
+def planned_peak(
     config: ModelConfig, kept: Kept, task: Task, machine: Machine, mode: Mode, resident: Resident
-) -> PlanRow:
-    """The row of one mode; `resident` counts with "layers" only."""
+) -> float:
+    """Peak of one mode, with branches apart and prompts cut where the machine is short of memory.
+
+    Branches are apart by the rule of the denoiser, of the memory that the weights leave.
+    """
     weights = kept.weights
     idle = dict.fromkeys(task.streams, 0.0)
     free = machine.device - peak_bytes(weights, mode, idle, resident, unified=machine.unified)
@@ -139,17 +164,47 @@ def plan_row(
         peak = peak_bytes(weights, mode, working, resident, unified=machine.unified)
         if peak <= machine.device:
             break
-    buffers = mode != "all" and not machine.unified
-    locked = max(weights.locked(name) for name in task.streams) if buffers else 0.0
+    return peak
+
+
+def fitting_layers(
+    config: ModelConfig, kept: Kept, task: Task, machine: Machine
+) -> dict[StreamName, int] | None:
+    """The most layers of each stream that may stay; None where not even none fits."""
+    chosen: dict[StreamName, int] = {}
+    for name in task.streams:
+        alone = replace(task, stream=name)
+        fits = [
+            r
+            for r in range(config.num_layers + 1)
+            if planned_peak(config, kept, alone, machine, "layers", {name: r}) <= machine.device
+        ]
+        if not fits:
+            return None
+        chosen[name] = max(fits)
+    return chosen
+
+
+def plan_row(
+    config: ModelConfig, kept: Kept, task: Task, machine: Machine, mode: Mode, resident: Resident
+) -> PlanRow:
+    """The row of one mode; `resident` counts with "layers" only."""
+    peak = planned_peak(config, kept, task, machine, mode, resident)
+    stay = resident if mode == "layers" else {}
+    staged = mode == "layers" and not machine.unified
+    coming = [s for s in task.streams if staged and stay.get(s, 0) < config.num_layers]
+    locked = max((kept.weights.locked(name) for name in coming), default=0.0)
+    streamed = 0.0
+    if "gen" in task.streams:
+        moved = _moved(kept.weights.layers["gen"], mode, stay.get("gen", 0))
+        streamed = kept.share("gen") * moved
     row = PlanRow(
         weights=kept.name,
         mode=mode,
-        resident=resident if mode == "layers" else {},
+        resident=stay,
         peak=peak,
         locked=locked,
-        streamed=_moved(weights.layers["gen"], mode, resident.get("gen", 0))
-        if task.paints
-        else 0.0,
+        streamed=streamed,
         fits=peak <= machine.device and locked <= machine.host,
     )
     return _timed(row, config, kept, task, machine) if row.fits else row
@@ -171,20 +226,29 @@ def _timed(row: PlanRow, config: ModelConfig, kept: Kept, task: Task, machine: M
         cached = kept.read(stream) <= machine.host - row.locked
         return rates.copies if cached else min(rates.copies, rates.disk)
 
+    def moving(sizes: Sequence[float], stream: StreamName) -> float:
+        """Bytes of files that come with every pass through layers of these sizes."""
+        return kept.share(stream) * _moved(sizes, row.mode, row.resident.get(stream, 0))
+
     text = TEXT_SHARE * rates.memory / decoded_bytes(config, weights)
-    if moved := _moved(_of_token(config, weights), row.mode, row.resident.get("und", 0)):
+    if moved := moving(_of_token(config, weights), "und"):
         text = min(text, rate("und") / moved)
+    written = text if config.lm_head else None
     if not task.paints:
-        return replace(row, text=text)
+        return replace(row, text=written)
     step = max(step_operations(config, task) / rates.products, row.streamed / rate("gen"))
-    # What does not stay between the streams is read anew at each change.
+    prompts = moving(weights.layers["und"], "und") / rate("und")
+    prefill = max(prefill_operations(config, task) / rates.products, prompts)
+    # What stays as long as its stream works is copied from mapped files at each change.
     changes = 0.0
     if row.mode != "all":
-        changes = sum((weights.stream(s) + weights.rest[s]) / rate(s) for s in STREAMS)
-        changes += weights.lm_head / rate("und") if task.writes else 0.0
-    prefill = prefill_operations(config, task) / rates.products
+        pageable = rates.copies * (1 if machine.unified else PAGEABLE)
+        for name in STREAMS:
+            whole = kept.share(name) * (weights.stream(name) + weights.rest[name])
+            copied = whole - moving(weights.layers[name], name)
+            changes += copied / min(rate(name), pageable)
     image = task.steps * step + prefill + changes + task.think / text
-    return replace(row, step=step, image=image, text=text)
+    return replace(row, step=step, image=image, text=written)
 
 
 def machine_modes(machine: Machine) -> tuple[Mode, ...]:
@@ -201,10 +265,7 @@ def plan_rows(
     """
     rows = []
     for form in kept:
-        working = working_bytes(config, task, form.itemsize, least_prefill_rows(task))
-        most = None
-        if machine.by_layers:
-            most = fitting_layers(form.weights, working, machine.device, unified=machine.unified)
+        most = fitting_layers(config, form, task, machine) if machine.by_layers else None
         none: dict[StreamName, int] = dict.fromkeys(task.streams, 0)
         for mode in machine_modes(machine):
             rows.append(plan_row(config, form, task, machine, mode, none))

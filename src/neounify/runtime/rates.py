@@ -24,6 +24,10 @@ NVME_3, NVME_4 = 3.5e9, 7e9
 PAGE_CACHE = 6.8e9
 """Bytes a second that one core reads from the page cache."""
 PROBE_SECONDS = 0.3
+PROBE_BYTES = 2**28
+"""Bytes that are copied to measure a bandwidth, more than caches hold."""
+PROBE_SHARE = 8
+"""Of what is free on the host one part in so many is taken for each of the two buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,10 @@ def probe(device: torch.device, dtype: torch.dtype) -> Rates:
     side = 512 if cpu else 4096
     a = torch.ones(side, side, dtype=dtype, device=device)
     product = torch.empty_like(a)
-    large = torch.ones(2**24 if cpu else 2**28, dtype=torch.uint8, device=device)
+    size = PROBE_BYTES
+    if cpu and (free := available_bytes()) is not None:
+        size = min(size, free // PROBE_SHARE)
+    large = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(large)
 
     def wait() -> None:

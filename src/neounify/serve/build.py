@@ -76,6 +76,7 @@ def build_service(config: ServeConfig) -> EngineService:
     place = (config.folder, config.config, config.dtype, config.device)
     weights = config.memory.of_load(
         *place,
+        lora=config.lora,
         quantise=config.quantise,
         backend=config.backend,
         attention=config.engines.attention,

@@ -356,6 +356,7 @@ def _work(
         weights = config.memory.of_load(
             *place,
             config.role,
+            lora=config.lora,
             quantise=config.quantise,
             backend=config.backend,
             attention=config.engines.attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from neounify.checkpoint.load import (
     Memory,
     PlanUse,
     check_memory,
+    expected_shapes,
+    numbers_of,
     resolve_device,
 )
+from neounify.checkpoint.lora_file import LoraSpec, read_loras
 from neounify.checkpoint.reader import CheckpointFolder, files_ending
 from neounify.files import WEIGHT_FILES
 from neounify.flow.sampling import ResolvedSampling
@@ -52,11 +56,12 @@ class EngineMemory:
         device: str,
         role: StreamName | None = None,
         *,
+        lora: Sequence[LoraSpec] = (),
         quantise: str | None = None,
         backend: str = "auto",
         attention: str = "auto",
     ) -> dict[str, Any]:
-        """Arguments of `load` for both engines, or for that of one stream.
+        """Arguments of `load` for both engines, or for that of one stream; `lora` are its files.
 
         Raises the errors of loading, MemoryPlanError for what does not fit.
         """
@@ -69,9 +74,19 @@ class EngineMemory:
         checkpoint = CheckpointFolder.open(folder, config)
         target = resolve_device(device)
         chosen = choose_dtype(dtype, checkpoint, target.type).dtype
+        shapes = expected_shapes(checkpoint.config)
+        checkpoint.check(shapes)
+        kept = kept_weights(
+            checkpoint,
+            chosen,
+            decoded=backend == DECODED,
+            quantise=quantise,
+            updates=numbers_of(read_loras(lora, 1.0, shapes, checkpoint.config.family)),
+            shapes=shapes,
+        )
         fitted = fit_engines(
             checkpoint,
-            kept_weights(checkpoint, chosen, decoded=backend == DECODED, quantise=quantise),
+            kept,
             target,
             self.memory,
             self.resident_layers,
