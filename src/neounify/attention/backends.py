@@ -33,7 +33,10 @@ from neounify.runtime.plan import UNLIMITED
 MAX_PADDING = 3.0
 """Padded tokens per token, at most: of caches that are moved into one memory, and of documents."""
 MAX_DOCUMENT = 512
-"""Longer documents have blocks long enough to be worth a call each."""
+"""Longer documents are padded only where their blocks are short."""
+MAX_SHORT_DOCUMENT, SHORT_BLOCK = 1024, 64
+"""Tokens of a document whose blocks have fewer tokens than that on average: clips frame by frame,
+say, whose blocks are not worth a call each (docs/log.md)."""
 MAX_PREFIX = 512
 """An image that sees at most so many tokens, its own included, is read side by side with others;
 measured in docs/log.md."""
@@ -293,7 +296,9 @@ class PaddedAttention:
         ranges = zip(*(layout[name].ranges for name in STREAMS), strict=True)
         lengths = [sum(stop - start for start, stop in document) for document in ranges]
         longest, total = max(lengths, default=0), sum(lengths)
-        few = len(lengths) < 2 or longest > MAX_DOCUMENT
+        blocks = sum(len(layout[name].blocks) for name in STREAMS)
+        most = MAX_SHORT_DOCUMENT if total < SHORT_BLOCK * blocks else MAX_DOCUMENT
+        few = len(lengths) < 2 or longest > most
         if few or len(lengths) * longest > MAX_PADDING * total:
             return None
         return cls(layout, longest, device)

@@ -280,6 +280,9 @@ class VideoConfig:
     """Frames per second at which a tube takes one step of t; at others it takes this / fps."""
     image_weights: bool = False
     """Whether frames to generate are embedded and read out as images are; tubes of one frame."""
+    frame_by_frame: bool = False
+    """Whether frames are generated one after the other, each behind its time and those before it
+    as clean images; else all together. Needs `image_weights`."""
 
     def __post_init__(self) -> None:
         require(self.tube_frames >= 1, f"tube_frames must be at least 1, got {self.tube_frames}")
@@ -287,6 +290,10 @@ class VideoConfig:
             not self.image_weights or (self.tube_frames == 1 and not self.und),
             "image_weights are for tubes of one frame that are seen as images: "
             f"tube_frames {self.tube_frames} must be 1, und false",
+        )
+        require(
+            self.image_weights or not self.frame_by_frame,
+            "frame_by_frame is for frames that are images: image_weights must be true",
         )
         require(
             0 < self.position_fps < math.inf,
@@ -394,6 +401,11 @@ class ModelConfig:
     def clips_are_images(self) -> bool:
         """Whether frames to generate are embedded and read out as images are."""
         return self.video is not None and self.video.image_weights
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """Whether the frames of a clip are generated one after the other."""
+        return self.video is not None and self.video.frame_by_frame
 
     @property
     def seen_tube_frames(self) -> int:

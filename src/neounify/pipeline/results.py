@@ -18,7 +18,8 @@ from neounify.engine.messages import DecodedToken
 from neounify.image.pixels import to_pil
 from neounify.pipeline.driver import Driver, Event
 from neounify.tasks.chat import ChatRequest, chat
-from neounify.tasks.image import ImageRequest, generate_images
+from neounify.tasks.frames import image_program
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
     ClipFrames,
@@ -253,7 +254,7 @@ def run_images(
         for negative, name in negatives.items()
     ]
     previews = 0 if callback is None else None
-    programs = [generate_images(processor, r, negatives, previews) for r in requests]
+    programs = [image_program(processor, r, negatives, previews) for r in requests]
     collected = [_Images(request) for request in requests]
     for events in driver.run([*shared, *programs]):
         for number, event in events:

@@ -21,7 +21,8 @@ from neounify.serve.client import EngineClient, EngineClients, EngineState
 from neounify.serve.context import RequestContext
 from neounify.serve.memory import cached_tokens
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
-from neounify.tasks.image import ImageRequest, generate_images
+from neounify.tasks.frames import image_program
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
     Processor,
@@ -266,7 +267,7 @@ class EngineService:
             case CompletionRequest():
                 return complete(self.processor, request)
             case ImageRequest():
-                return generate_images(self.processor, request, KEPT, previews)
+                return image_program(self.processor, request, KEPT, previews)
             case InterleaveRequest():
                 return interleave(self.processor, request, KEPT, previews)
 
