@@ -64,16 +64,16 @@ def generate_frames(
     if request.think:
         raise RequestError("think is not for clips that are made frame by frame", param="think")
     shared = torch.Generator().manual_seed(request.seed)
-    total: Usage | None = None
+    usage_of_all: Usage | None = None
     for index in range(request.count):
-        own = torch.Generator().manual_seed(request.seeds[index]) if request.seeds else shared
-        usage = yield from _clip(processor, request, kept, previews, index, own)
-        if total is None:
-            total = usage
+        generator = torch.Generator().manual_seed(request.seeds[index]) if request.seeds else shared
+        usage = yield from _clip(processor, request, kept, previews, index, generator)
+        if usage_of_all is None:
+            usage_of_all = usage
         else:
-            total.images += usage.images
-    assert total is not None  # a request has a count of at least 1
-    yield total.finished(None)
+            usage_of_all.images += usage.images
+    assert usage_of_all is not None  # a request has a count of at least 1
+    yield usage_of_all.finished(None)
 
 
 def frame_prompt(processor: Processor, request: ImageRequest, branch: Branch) -> Prompt:
@@ -120,13 +120,13 @@ def _clip(
             yield Release(tuple(names.values()))
         steps = None if previews is None else 0
         step = partial(_whole_step, index, frame, frames)
-        made = denoise(draw, grid, sampling, prefixes, steps, usage)
-        finished = yield from _reporting(made, step)
+        image = denoise(draw, grid, sampling, prefixes, steps, usage)
+        finished = yield from _reporting(image, step)
         evaluations += finished.evaluations
         done = frame + 1
         if previews and done * previews // frames > frame * previews // frames:
-            total = frames * sampling.steps
-            yield Preview(index, done * sampling.steps, total, finished.pixels)
+            steps_of_all = frames * sampling.steps
+            yield Preview(index, done * sampling.steps, steps_of_all, finished.pixels)
         alone = replace(usage, images=frames * grid.length).finished(None)
         levels = frame_levels(finished.pixels[None])
         yield FramesFinished(index, frame, frames, levels, alone, evaluations)
@@ -134,8 +134,8 @@ def _clip(
             # What follows sees the frame as it is saved: in range, though not rounded.
             seen = finished.pixels.clamp(-1, 1)
             clean: Tensor = yield Compute(partial(to_und_input, seen, processor.dtype))
-            (image,) = yield from pack_images([clean], config.token_size)
-            yield Append(new_number(), {cond: (image, TextInput((closes,)))})
+            (packed,) = yield from pack_images([clean], config.token_size)
+            yield Append(new_number(), {cond: (packed, TextInput((closes,)))})
     return usage
 
 
