@@ -59,8 +59,8 @@ def test_inspect_knows_the_family(run_bare: Run, published: Path) -> None:
     assert "832x480, 96 frames at 24 a second, 35 steps, guidance 6, shift 10, unipc" in facts
     assert "video files read and written by PyAV" in facts
     listed = run_bare("inspect", published, "--config", published.parent / "llm", "--json").json
-    tubes = {"tube_frames": 4, "und": True, "position_fps": 24.0, "image_weights": False}
-    assert listed["config"]["video"] == tubes
+    tubes = {"tube_frames": 4, "und": True, "position_fps": 24.0}
+    assert listed["config"]["video"] == {**tubes, "image_weights": False, "frame_by_frame": False}
     assert listed["config"]["capabilities"] == ["chat", "generate", "generate_video", "chat_video"]
     assert listed["video_files"] is True
 

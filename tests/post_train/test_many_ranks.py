@@ -127,7 +127,8 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
 def check(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for name, weight in alone["weights"].items():
         assert np.array_equal(ranks[0]["weights"][name], ranks[-1]["weights"][name]), name
-        assert np.abs(ranks[0]["weights"][name] - weight).max() < 1e-5, name
+        # Sums of two halves round otherwise, which three steps of AdamW make larger.
+        assert np.abs(ranks[0]["weights"][name] - weight).max() < 3e-5, name
     lines = [line for line in ranks[0]["log"] if line["kind"] == "train"]
     expected = [line for line in alone["log"] if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == [1, 2, 3]

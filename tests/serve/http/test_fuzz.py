@@ -23,6 +23,11 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     suppress_health_check=list(HealthCheck),
 )
 def test_nothing_but_answers_and_refusals(case: schemathesis.Case) -> None:
-    response = case.call_and_validate(checks=[not_a_server_error])
+    response = case.call()
+    if response.status_code == 504:  # of a deadline of next to nothing
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+        assert case.body["deadline"] < 1
+    else:
+        case.validate_response(response, checks=[not_a_server_error])
     if response.status_code >= 400:
         assert response.json()["error"]["message"]
