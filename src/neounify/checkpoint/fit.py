@@ -38,6 +38,7 @@ from neounify.runtime.memory_rows import (
     first_fit,
     fitting_layers,
     machine_modes,
+    nearest,
     plan_row,
 )
 from neounify.runtime.plan import ExecutionPlan
@@ -263,22 +264,18 @@ def _refusal(
     def named(row: PlanRow) -> str:
         return _named(rooms[row.mode].name, row, counted=counted)
 
-    def locks(row: PlanRow) -> bool:
-        """Whether only the buffers that it locks on the host do not fit."""
-        return row.peak <= rooms[row.mode].machine.device
-
-    least = min(rows, key=lambda row: (not locks(row), row.peak))
+    least = nearest(rows)
     machine, _, note = rooms[least.mode]
     needs = f"{name} with {named(least)} peaks at {least.peak / GB:.1f} GB"
     have = f"{machine.device / GB:.1f} GB are free{note}"
-    if locks(least):
+    if least.only_locks:
         needs = f"{name} with {named(least)} locks {least.locked / GB:.1f} GB of the host's memory"
         have = f"{machine.host / GB:.1f} GB of it are free"
     fitting = [row for row in every if row.fits]
     if not fitting:
-        smallest = min(every, key=lambda row: (not locks(row), row.peak))
+        smallest = nearest(every)
         size, verb = smallest.peak, "peak at"
-        if locks(smallest):
+        if smallest.only_locks:
             size, verb = smallest.locked, "lock"
         what = (
             f"nothing fits: {smallest.weights} weights with {named(smallest)} {verb} "

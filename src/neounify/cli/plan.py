@@ -154,7 +154,7 @@ def _plan_inference(options: PlanOptions, display: Display) -> None:
             "model": name,
             "task": asdict(task),
             "machine": asdict(machine),
-            "rows": [{**asdict(row), "chosen": row is chosen} for row in rows],
+            "rows": [{**asdict(row), "fits": row.fits, "chosen": row is chosen} for row in rows],
             "notes": notes,
             "advice": None if chosen else advice(rows, task, machine),
         }
@@ -381,19 +381,21 @@ def _gibibytes(name: str, text: str) -> int:
 
 def advice(rows: list[PlanRow], task: Task, machine: Machine) -> str:
     """What to change where the weights as they are fit in no mode."""
+    from neounify.runtime.memory_rows import nearest
+
     others = [row for row in rows if row.fits]
     if others:
         best = others[0]
-        ours = _nearest([row for row in rows if row.weights == rows[0].weights], machine)
+        ours = nearest([row for row in rows if row.weights == rows[0].weights])
         why = f" in {machine.device / GB:.1f} GB"
-        if ours.peak <= machine.device:
+        if ours.only_locks:
             why = f": {ours.mode} lock {_locked(ours, machine)}"
         return (
             f"{rows[0].weights} weights do not fit{why}; {best.weights} with --memory {best.mode} "
             f"does, with a peak of {_gb(best.peak)}"
         )
-    least = _nearest(rows, machine)
-    if least.peak <= machine.device:
+    least = nearest(rows)
+    if least.only_locks:
         what = f"{least.weights} with --memory {least.mode}"
         return f"nothing fits: {what} locks {_locked(least, machine)}; take a host with more memory"
     less = ", or ask for a smaller --size" if task.paints else ""
@@ -401,11 +403,6 @@ def advice(rows: list[PlanRow], task: Task, machine: Machine) -> str:
         f"nothing fits in {machine.device / GB:.1f} GB: the least is {_gb(least.peak)}, "
         f"{least.weights} with --memory {least.mode}; take a device or host of that size{less}"
     )
-
-
-def _nearest(rows: list[PlanRow], machine: Machine) -> PlanRow:
-    """Of rows that do not fit, one whose peak does, else the one with the least."""
-    return min(rows, key=lambda row: (row.peak > machine.device, row.peak))
 
 
 def _locked(row: PlanRow, machine: Machine) -> str:

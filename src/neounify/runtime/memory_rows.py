@@ -75,10 +75,21 @@ class PlanRow:
     peak: float
     locked: float
     streamed: float
-    fits: bool
+    peak_fits: bool
+    locked_fits: bool
     step: float | None = None
     image: float | None = None
     text: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds the peak, and the host what is locked."""
+        return self.peak_fits and self.locked_fits
+
+    @property
+    def only_locks(self) -> bool:
+        """Whether all that does not fit is what it locks on the host."""
+        return self.peak_fits and not self.locked_fits
 
 
 class Fitted(NamedTuple):
@@ -205,7 +216,8 @@ def plan_row(
         peak=peak,
         locked=locked,
         streamed=streamed,
-        fits=peak <= machine.device and locked <= machine.host,
+        peak_fits=peak <= machine.device,
+        locked_fits=locked <= machine.host,
     )
     return _timed(row, config, kept, task, machine) if row.fits else row
 
@@ -272,6 +284,11 @@ def plan_rows(
         if most is not None and rows[-2].fits is False and most != none:
             rows.append(plan_row(config, form, task, machine, "layers", most))
     return rows
+
+
+def nearest(rows: Sequence[PlanRow]) -> PlanRow:
+    """Of rows that do not fit, one that only locks too much, else the one with the least peak."""
+    return min(rows, key=lambda row: (not row.only_locks, row.peak))
 
 
 def first_fit(rows: Sequence[PlanRow]) -> PlanRow | None:
