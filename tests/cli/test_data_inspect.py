@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from neounify.config.presets import SCENES
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.preview import preview
 from neounify.data.sources import JsonlSource
 from neounify.text import byte_tokenizer

@@ -8,7 +8,8 @@ from PIL import Image as PilImage
 
 from neounify.config import VideoConfig
 from neounify.config.presets import SCENES
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.records import sample_to_record
 from neounify.data.sample import DataError, Part, Sample, SampleClip, SampleText, Turn
 from neounify.model import Image, Noise, Text

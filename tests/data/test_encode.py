@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from neounify.config.presets import SCENES
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.model import Image, Noise, Text
 from neounify.scenes.world import SceneDataset, scene_config

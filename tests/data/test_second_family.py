@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.loader import make_pack
 from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.flow.guidance import Branch

@@ -16,7 +16,8 @@ import torch
 from neounify.config import ModelConfig
 from neounify.config.presets import MOTION, SCENES
 from neounify.data.configs import read_data
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.preview import preview
 from neounify.data.records import RecordRules, sample_from_record, sample_to_record
 from neounify.data.sample import ClipFile, ClipReading, DataError, Sample, SampleText

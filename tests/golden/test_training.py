@@ -12,7 +12,8 @@ from torch import Tensor
 
 import neounify
 from neounify.checkpoint.names import to_published
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.loader import Pack, make_pack
 from neounify.data.sample import Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.flow.path import noisy

@@ -15,7 +15,8 @@ from rich.console import Console
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import VideoConfig
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.sample import SampleClip, SampleText
 from neounify.errors import RequestError
 from neounify.motion.bench import (

@@ -1,4 +1,4 @@
-"""Clips frame by frame: each frame sees those before it, in training as in generation."""
+"""Clips frame by frame: each frame sees those made before it, in training as in generation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 import neounify
 from neounify.config import VideoConfig
 from neounify.config.presets import TINY
-from neounify.data.encode import Encoder, GuidanceDropout
-from neounify.data.sample import SampleClip, SampleText
+from neounify.data.draws import FrameTargets, GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
+from neounify.data.sample import Sample, SampleClip, SampleText
 from neounify.errors import ConfigError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
@@ -26,7 +27,7 @@ from neounify.tasks.frames import frame_prompt
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.video import after_clip, clip_shape
 from neounify.text import byte_tokenizer
-from neounify.text.clips import time_stamp
+from neounify.text.clips import frame_order, time_stamp
 from neounify.text.tokens import IMAGE_OPEN
 
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "fps": 8}
@@ -46,12 +47,35 @@ def frames_of(result: neounify.ImageResult) -> Tensor:
     return torch.stack([video.frames for video in result.videos]).int()
 
 
+@pytest.mark.parametrize(
+    ("frames", "follows", "order"),
+    [
+        (1, False, [0]),
+        (2, False, [0, 1]),
+        (5, False, [0, 4, 2, 1, 3]),
+        (8, False, [0, 7, 3, 1, 5, 2, 4, 6]),
+        (1, True, [0]),
+        (4, True, [3, 1, 0, 2]),
+    ],
+)
+def test_ends_come_first_then_middles(frames: int, follows: bool, order: list[int]) -> None:
+    assert frame_order(frames, follows=follows) == order
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_every_frame_comes_once(follows: bool) -> None:
+    for frames in range(1, 70):
+        assert sorted(frame_order(frames, follows=follows)) == list(range(frames))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_later_frames_change_nothing_before_them(clips: neounify.Pipeline, guidance: float) -> None:
-    long = frames_of(clips.generate(PROMPT, frames=4, seed=5, guidance=guidance, **SIZE))
-    short = frames_of(clips.generate(PROMPT, frames=2, seed=5, guidance=guidance, **SIZE))
-    assert long.shape == (1, 4, 64, 64, 3)
-    assert (long[:, :2] - short).abs().max() <= 1
+    """The first frames in order of generation are those of a shorter clip with the same times."""
+    long = frames_of(clips.generate(PROMPT, frames=5, seed=5, guidance=guidance, **SIZE))
+    ends = SIZE | {"fps": SIZE["fps"] / 4}
+    short = frames_of(clips.generate(PROMPT, frames=2, seed=5, guidance=guidance, **ends))
+    assert long.shape == (1, 5, 64, 64, 3)
+    assert (long[:, [0, 4]] - short).abs().max() <= 1
     assert (long[:, 1:] != long[:, :1]).any()
 
 
@@ -97,20 +121,22 @@ def test_frames_must_be_images() -> None:
         VideoConfig(frame_by_frame=True)
 
 
-@pytest.mark.parametrize(("task", "before"), [("t2v", 0), ("next_frames", 4)])
-def test_training_shows_what_generation_shows(
-    clips: neounify.Pipeline, task: str, before: int
-) -> None:
-    """The document of a sample is the prompt, then each frame behind its time, noisy and clean."""
-    data = MotionDataset(1, motion_config("easy"), {task: 1}, tubes=False, frame_by_frame=True)
-    sample = data[0]
-    assert sample.task == "interleave"
+def encoded(clips: neounify.Pipeline, sample: Sample, **settings: Any) -> Encoded:
     encode = Encoder(
         config=clips.config,
         tokenizer=clips.tokenizer,
-        dropout=GuidanceDropout(text=0.0, all=0.0),
+        **{"dropout": GuidanceDropout(text=0.0, all=0.0), **settings},
     )
-    encoded = encode(sample, np.random.default_rng(0))
+    return encode(sample, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("task", "before", "first"), [("t2v", 0, 0), ("next_frames", 4, 7)])
+def test_training_shows_what_generation_shows(
+    clips: neounify.Pipeline, task: str, before: int, first: int
+) -> None:
+    """The document of a sample is the prompt, then each frame behind its time, noisy and clean."""
+    sample = MotionDataset(1, motion_config("easy"), {task: 1}, tubes=False)[0]
+    document = encoded(clips, sample)
     shown = [
         PIL.Image.fromarray(frame)
         for part in sample.turns[0].parts
@@ -129,8 +155,52 @@ def test_training_shows_what_generation_shows(
         sampling=ImageSampling().resolve(clips.config, editing=False, video=True),
     )
     prompt = frame_prompt(clips.processor, request, "cond").ids([0] * before, context_id=-1)
-    frame = [*clips.tokenizer.encode(time_stamp(before / 8)), clips.processor.token(IMAGE_OPEN)]
-    assert list(encoded.ids[: len(prompt) + len(frame)]) == prompt + frame
-    kinds = [type(span) for span in encoded.document.spans]
+    frame = [*clips.tokenizer.encode(time_stamp(first / 8)), clips.processor.token(IMAGE_OPEN)]
+    assert list(document.ids[: len(prompt) + len(frame)]) == prompt + frame
+    kinds = [type(span) for span in document.document.spans]
     assert kinds[: 2 * before] == [Text, Image] * before
-    assert kinds[2 * before :][:6] == [Text, Noise, Image] * 2
+    frames = 8 - before
+    assert kinds[2 * before :] == ([Text, Noise, Image] * frames)[:-1]
+    (target,) = (p for p in sample.turns[1].parts if isinstance(p, SampleClip))
+    order = frame_order(frames, follows=before > 0)
+    for image, place in zip(document.targets, order, strict=True):
+        assert (image == target.pixels()[place]).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "kinds", "places"),
+    [
+        ("first", [Text, Noise], [0]),
+        ("last", [Text, Image, Text, Noise], [7]),
+        ("between", [Text, Image] * 2 + ([Text, Noise, Image] * 6)[:-1], [3, 1, 5, 2, 4, 6]),
+    ],
+)
+def test_some_frames_are_targets_and_those_before_them_are_seen(
+    clips: neounify.Pipeline, share: str, kinds: list[type], places: list[int]
+) -> None:
+    sample = MotionDataset(1, motion_config("easy"), {"t2v": 1}, tubes=False)[0]
+    targets = FrameTargets(**{"all": 0.0, share: 1.0})
+    document = encoded(clips, sample, frame_targets=targets)
+    whole = encoded(clips, sample)
+    assert document.ids == whole.ids[: len(document.ids)]
+    assert [type(span) for span in document.document.spans] == kinds
+    (clip,) = (p for p in sample.turns[1].parts if isinstance(p, SampleClip))
+    for image, place in zip(document.targets, places, strict=True):
+        assert (image == clip.pixels()[place]).all()
+    alone = encoded(
+        clips, sample, frame_targets=targets, dropout=GuidanceDropout(text=0.0, all=1.0)
+    )
+    assert [type(span) for span in alone.document.spans] == [Text] + [Noise] * len(places)
+
+
+def test_shares_of_targets_are_drawn_as_they_are_given() -> None:
+    shares, rng = FrameTargets(all=0.0, first=1.0, last=3.0), np.random.default_rng(0)
+    drawn = [shares.draw(rng, 8, follows=False) for _ in range(1000)]
+    assert set(drawn) == {range(1), range(1, 2)}
+    assert 0.7 < drawn.count(range(1, 2)) / 1000 < 0.8
+    assert shares.draw(rng, 1, follows=False) == range(1)
+    between = FrameTargets(all=0.0, between=1.0)
+    assert between.draw(rng, 8, follows=True) == range(1, 8)
+    assert between.draw(rng, 2, follows=False) == range(2)  # nothing lies between: all
+    with pytest.raises(ValueError, match="one share must be above 0"):
+        FrameTargets(all=0.0)

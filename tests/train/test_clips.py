@@ -12,7 +12,8 @@ from torch import Tensor
 from neounify.attention import select_for
 from neounify.config import VideoConfig
 from neounify.config.presets import SCENES
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.loader import Pack, make_pack
 from neounify.data.sample import Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.distributed.sequence import Share

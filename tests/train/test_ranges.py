@@ -15,7 +15,8 @@ from pydantic import AfterValidator, ValidationError
 from neounify.bundled import bundled_model
 from neounify.config.presets import SCENES
 from neounify.config.ranges import Range
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData

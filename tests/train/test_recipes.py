@@ -16,7 +16,8 @@ from torch import Tensor
 from neounify.bundled import bundled_model
 from neounify.checkpoint.names import stream_of
 from neounify.config.presets import PIXELUMM_8B
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.sample import Sample, SampleClip, SampleText, Turn
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData

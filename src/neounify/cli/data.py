@@ -161,7 +161,8 @@ def _encoder(model: Path, tokens_per_pack: int | None) -> Encoder:
     import torch
 
     from neounify.checkpoint import CheckpointFolder
-    from neounify.data.encode import Encoder, GuidanceDropout
+    from neounify.data.draws import GuidanceDropout
+    from neounify.data.encode import Encoder
     from neounify.pipeline.loading import load_processor
 
     processor = load_processor(CheckpointFolder.open(model), torch.float32)

@@ -281,8 +281,8 @@ class VideoConfig:
     image_weights: bool = False
     """Whether frames to generate are embedded and read out as images are; tubes of one frame."""
     frame_by_frame: bool = False
-    """Whether frames are generated one after the other, each behind its time and those before it
-    as clean images; else all together. Needs `image_weights`."""
+    """Whether frames are generated one after the other, each behind its time and those made before
+    it as clean images (`text.clips.frame_order`); else all together. Needs `image_weights`."""
 
     def __post_init__(self) -> None:
         require(self.tube_frames >= 1, f"tube_frames must be at least 1, got {self.tube_frames}")

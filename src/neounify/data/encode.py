@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from PIL import Image as PilImage
-from pydantic.dataclasses import dataclass as config_dataclass
+from typing_extensions import TypeIs
 
 from neounify.config import ModelConfig
-from neounify.config.ranges import STRICT, Fraction
 from neounify.data.clips import read_clips, tube_frames
+from neounify.data.draws import FrameTargets, GuidanceDropout
 from neounify.data.sample import (
     ClipFile,
     DataError,
@@ -33,7 +32,7 @@ from neounify.data.sizes import Pixels, crop_to, nearest_bucket, resized
 from neounify.image.pixels import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
 from neounify.tasks.clips import frame_bounds
-from neounify.text.clips import time_stamp
+from neounify.text.clips import frame_order, time_stamp
 from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer
 from neounify.text.tokens import IM_END, IM_START, THINK_CLOSE, THINK_OPEN
@@ -41,30 +40,7 @@ from neounify.text.tokens import IM_END, IM_START, THINK_CLOSE, THINK_OPEN
 GENERATION_TASKS = ("t2i", "t2i_think", "edit", "edit_think", "t2v", "next_frames")
 """Tasks whose answer is one image or clip; inference inserts `<img>`, so it carries no loss."""
 
-Drop = Literal["none", "text", "all"]
-
 _THINK_MARKS = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
-
-
-@config_dataclass(frozen=True, kw_only=True, config=STRICT)
-class GuidanceDropout:
-    """Probabilities that a generation sample loses its text, or text and images, for guidance."""
-
-    text: Fraction = 0.1
-    all: Fraction = 0.1
-
-    def __post_init__(self) -> None:
-        if self.text + self.all > 1:
-            raise DataError(
-                f"text {self.text} + all {self.all} must be at most 1: a sample loses one or the "
-                "other"
-            )
-
-    def draw(self, rng: np.random.Generator) -> Drop:
-        x = rng.random()
-        if x < self.all:
-            return "all"
-        return "text" if x < self.all + self.text else "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +85,7 @@ class Encoder:
     tokenizer: Tokenizer
     system_message: str = ""
     dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
+    frame_targets: FrameTargets = field(default_factory=FrameTargets)
     noise_draws: int = 1
     target_pixels: tuple[int, int] | None = None
     target_buckets: tuple[tuple[int, int], ...] = ()
@@ -132,14 +109,14 @@ class Encoder:
         return self.target_pixels[1] if self.target_pixels else self.config.sampling.edit_max_pixels
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Encoded:
-        """Encode one sample, after its clips are read; `rng` draws the guidance dropout.
+        """Encode one sample, after its clips are read; `rng` draws dropout and frames of clips.
 
         Raises DataError.
         """
         drop = self.dropout.draw(rng)
         sample = read_clips(sample, self.config, self._target_area)
         has_target = any(part.role == "target" for part in _pictured(sample))
-        writer = _Writer(self, sample)
+        writer = _Writer(self, sample, rng)
         if has_target and drop != "none":
             writer.without_text(images=drop == "text")
         else:
@@ -157,8 +134,8 @@ def _pictured(sample: Sample) -> list[SampleImage | SampleClip]:
 class _Writer:
     """Builds the spans, ids and labels of one document from the parts of its sample."""
 
-    def __init__(self, encoder: Encoder, sample: Sample) -> None:
-        self.encoder, self.sample = encoder, sample
+    def __init__(self, encoder: Encoder, sample: Sample, rng: np.random.Generator) -> None:
+        self.encoder, self.sample, self.rng = encoder, sample, rng
         self.tokenizer = encoder.tokenizer
         self.template = TEMPLATES[encoder.config.template]
         self.spans: list[Span] = []
@@ -172,6 +149,7 @@ class _Writer:
         self._tokens = 0
         self._opens_thought = False
         self._shown_images = 0
+        self._shown_seconds = 0.0
         if sample.turns[0].role != "system":
             generates = sample.task in GENERATION_TASKS
             self._system(encoder.system_message if generates else self.template.chat_system)
@@ -243,6 +221,7 @@ class _Writer:
         """The prefix of guidance: the input images alone, or nothing, then `<img>`."""
         self.spans, self.ids, self.labels, self._plain = [], [], [], ""
         self._row = self._tokens = self._shown_images = 0
+        self._shown_seconds = 0.0
         inputs = [part for part in _pictured(self.sample) if part.role == "input"]
         targets = [part for part in _pictured(self.sample) if part.role == "target"]
         self._open("user")
@@ -256,7 +235,10 @@ class _Writer:
         else:
             self._open_target()
             for part in targets:
-                self._noise(self._sized_target(part, copies=self.encoder.noise_draws), part)
+                if self._by_frame(part):
+                    self._frames(part, context=False)
+                else:
+                    self._noise(self._sized_target(part, copies=self.encoder.noise_draws), part)
 
     # --- pieces ---
 
@@ -349,6 +331,7 @@ class _Writer:
         size = self._fit(frames[0], bounds)
         self._reserve_image(size, 1, "input_pixels", math.ceil(len(frames) / per_tube))
         shown = np.stack([resized(frame, size) for frame in frames])
+        self._shown_seconds += len(frames) / part.fps
         missing = -len(shown) % per_tube
         shown = np.concatenate([shown, np.repeat(shown[-1:], missing, axis=0)])
         for first in range(0, len(shown), per_tube):
@@ -374,6 +357,9 @@ class _Writer:
         continues = self.sample.task not in GENERATION_TASKS
         if not part.loss:
             raise DataError("an image in an answer must be a target")
+        if self._by_frame(part):
+            self._frames(part)
+            return
         if isinstance(part, SampleClip) and continues:
             raise DataError(
                 f"task {self.sample.task}: a clip to generate ends its sample, which "
@@ -388,6 +374,33 @@ class _Writer:
         if continues:
             self._clean(pixels)
             self._special(self.template.image_close, loss=False)
+
+    def _by_frame(self, part: SampleImage | SampleClip) -> TypeIs[SampleClip]:
+        """Whether a target is a clip whose frames are generated as images, one after another."""
+        return isinstance(part, SampleClip) and self.encoder.config.frame_by_frame
+
+    def _frames(self, part: SampleClip, *, context: bool = True) -> None:
+        """A target clip as images in the order of their generation, each behind its time.
+
+        Without `context` only the noisy blocks, as guidance sees them.
+        """
+        follows = any(clip.role == "input" for clip in self.sample.clips)
+        order = frame_order(len(part.frames), follows=follows)
+        targets = self.encoder.frame_targets.draw(self.rng, len(order), follows=follows)
+        for place, frame in enumerate(order[: targets.stop]):
+            carries, seen = place in targets, context and place + 1 < targets.stop
+            if not carries and not seen:
+                continue
+            image = SampleImage(part.frames[frame], "target")
+            pixels = self._sized_target(image, copies=self.encoder.noise_draws * carries + seen)
+            if context:
+                self._text(time_stamp(self._shown_seconds + frame / part.fps), loss=False)
+                self._special(self.template.image_open, loss=False)
+            if carries:
+                self._noise(pixels, image)
+            if seen:
+                self._clean(pixels)
+                self._special(self.template.image_close, loss=False)
 
     def _noise(self, pixels: Pixels, part: SampleImage | SampleClip) -> None:
         block = Noise.of(self._grid(pixels))
@@ -413,8 +426,8 @@ class _Writer:
 
     def _sized_target(self, part: SampleImage | SampleClip, *, copies: int) -> Pixels:
         """A target in its size for training; the document holds it `copies` times."""
-        pixels, encoder = part.pixels(), self.encoder
-        frames, tubes = list(pixels) if isinstance(part, SampleClip) else [pixels], 0
+        pixels, encoder, tubes = part.pixels(), self.encoder, 0
+        frames = list(pixels) if isinstance(part, SampleClip) else [pixels]
         if isinstance(part, SampleClip):
             per_tube = tube_frames(self.encoder.config)
             if len(frames) % per_tube:

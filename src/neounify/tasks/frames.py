@@ -1,4 +1,4 @@
-"""Clips frame by frame: every frame is an image behind its time that sees the frames before it."""
+"""Clips frame by frame: every frame is an image behind its time that sees those made before it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from neounify.tasks.program import (
     pack_images,
     resume,
 )
-from neounify.text.clips import time_stamp
+from neounify.text.clips import frame_order, time_stamp
 from neounify.text.template import Prompt, interleave_prompt, place_images
 from neounify.text.tokens import IMAGE_CLOSE, IMAGE_OPEN
 
@@ -97,9 +97,10 @@ def _clip(
     grid = Grid.of_pixels(request.height, request.width, config.token_size)
     opens, closes = processor.token(IMAGE_OPEN), processor.token(IMAGE_CLOSE)
     before = len(request.condition)
+    order = frame_order(frames, follows=before > 0)
     stamps = [
         (*processor.tokenizer.encode(time_stamp((before + frame) / request.fps)), opens)
-        for frame in range(frames)
+        for frame in order
     ]
     room = frames * (grid.length + 1) + sum(map(len, stamps))
     names, usage, _ = yield from prefill_branches(
@@ -112,36 +113,36 @@ def _clip(
     )
     cond = names["cond"]
     draw = partial(draw_noise, config, request.width, request.height, generator)
-    evaluations = 0.0
-    for frame, stamp in enumerate(stamps):
+    evaluations, levels = 0.0, dict[int, Tensor]()
+    for number, (frame, stamp) in enumerate(zip(order, stamps, strict=True), 1):
         yield Append(new_number(), {cond: (TextInput(stamp),)})
         prefixes = yield from branch_prefixes(sampling, request.negative_prompt, names, kept)
-        if frame + 1 == frames:
+        if number == frames:
             yield Release(tuple(names.values()))
         steps = None if previews is None else 0
-        step = partial(_whole_step, index, frame, frames)
+        step = partial(_whole_step, index, number, frames)
         image = denoise(draw, grid, sampling, prefixes, steps, usage)
         finished = yield from _reporting(image, step)
         evaluations += finished.evaluations
-        done = frame + 1
-        if previews and done * previews // frames > frame * previews // frames:
+        levels[frame] = frame_levels(finished.pixels[None])
+        if previews and number * previews // frames > (number - 1) * previews // frames:
             steps_of_all = frames * sampling.steps
-            yield Preview(index, done * sampling.steps, steps_of_all, finished.pixels)
-        alone = replace(usage, images=frames * grid.length).finished(None)
-        levels = frame_levels(finished.pixels[None])
-        yield FramesFinished(index, frame, frames, levels, alone, evaluations)
-        if done < frames:
+            yield Preview(index, number * sampling.steps, steps_of_all, finished.pixels)
+        if number < frames:
             # What follows sees the frame as it is saved: in range, though not rounded.
             seen = finished.pixels.clamp(-1, 1)
             clean: Tensor = yield Compute(partial(to_und_input, seen, processor.dtype))
             (packed,) = yield from pack_images([clean], config.token_size)
             yield Append(new_number(), {cond: (packed, TextInput((closes,)))})
+    whole = torch.cat([levels[frame] for frame in range(frames)])
+    alone = replace(usage, images=frames * grid.length).finished(None)
+    yield FramesFinished(index, 0, frames, whole, alone, evaluations)
     return usage
 
 
-def _whole_step(index: int, frame: int, frames: int, preview: Preview) -> Preview:
-    """A preview of a frame as one of its clip."""
-    step = frame * preview.steps + preview.step
+def _whole_step(index: int, number: int, frames: int, preview: Preview) -> Preview:
+    """A preview of the frame that is generated as `number`, from 1 on, as one of its clip."""
+    step = (number - 1) * preview.steps + preview.step
     return Preview(index, step, frames * preview.steps, preview.pixels)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from neounify.data.configs import DataConfig, FileData
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
+from neounify.data.draws import GuidanceDropout
+from neounify.data.encode import Encoded, Encoder
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.reasons import counted, too_many_skipped
 from neounify.data.sample import Sample, SampleClip

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AreaBounds, Count, Range
-from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.draws import FrameTargets, GuidanceDropout
+from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
 from neounify.data.sample import DataError
 from neounify.image.pixels import fit_size
@@ -52,9 +53,10 @@ class SupervisedConfig(MethodConfig):
 
     A micro-batch is a pack of `tokens_per_pack` tokens. `noise_draws` noisy copies of each target
     image share one pass over the text before them; `guidance_dropout` are the chances that a
-    sample loses its prompt. `target_pixels` and `input_pixels` bound the area of target and input
-    images, by default as the checkpoint does; `target_buckets` are (width, height) pairs to crop
-    targets to.
+    sample loses its prompt, `frame_targets` shares of the frames that are targets, of clips that
+    are generated frame by frame. `target_pixels` and `input_pixels` bound the area of target and
+    input images, by default as the checkpoint does; `target_buckets` are (width, height) pairs to
+    crop targets to.
     """
 
     shards: ClassVar[bool] = True
@@ -64,6 +66,7 @@ class SupervisedConfig(MethodConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     noise_draws: Annotated[int, AfterValidator(Range(1, MAX_NOISE_DRAWS))] = 1
     guidance_dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
+    frame_targets: FrameTargets = field(default_factory=FrameTargets)
     target_pixels: AreaBounds | None = None
     target_buckets: tuple[tuple[Count, Count], ...] = ()
     input_pixels: AreaBounds | None = None
@@ -118,6 +121,7 @@ def build_encoder(setup: TrainSetup, config: SupervisedConfig) -> Encoder:
         tokenizer=setup.tokenizer,
         system_message=setup.system_message,
         dropout=config.guidance_dropout,
+        frame_targets=config.frame_targets,
         noise_draws=config.noise_draws,
         target_pixels=config.target_pixels,
         target_buckets=config.target_buckets,

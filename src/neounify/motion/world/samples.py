@@ -41,7 +41,6 @@ from neounify.motion.world.scene import (
 )
 from neounify.scenes.world.draw import pick, pick_weighted, sample_rng
 from neounify.scenes.world.scene import Split
-from neounify.text.clips import time_stamp
 
 MOTION_TASKS: dict[str, float] = {
     "t2v": 0.4,
@@ -58,7 +57,6 @@ CONTINUE_REQUESTS = ("Continue the clip.", "What happens next?", "Show the next 
 SHOWN_FPS = 4.0
 """Frames a second of clips that questions are about: every second one."""
 _MAX_TRIES = 1000
-_CLIP_TASKS = ("t2v", "next_frames")
 DECIDED_KINDS: tuple[MotionKind, ...] = ("move", "grow", "shrink", "bounce", "stay")
 """Motions that the first frames of a clip decide."""
 
@@ -74,7 +72,6 @@ class MotionData(DataConfig):
     world: str = "default"
     tasks: dict[str, float] | None = None
     tubes: bool = True
-    frame_by_frame: bool = False
     shown_fps: float = SHOWN_FPS
     questions: dict[MotionQuestionKind, NonNegative] | None = None
     seed: Seed = 0
@@ -97,7 +94,6 @@ class MotionData(DataConfig):
             motion_config(self.world),
             self.tasks,
             tubes=self.tubes,
-            frame_by_frame=self.frame_by_frame,
             shown_fps=self.shown_fps or None,
             questions=self.questions,
             split=self.split,
@@ -123,8 +119,6 @@ class MotionDataset(EndlessSource):
         task_weights: share of each task, any positive scale; `MOTION_TASKS` by default.
         tubes: whether the first frames of a clip to continue are seen in tubes of several, else
             each as an image.
-        frame_by_frame: clips to generate are one image after the other, each behind its time and
-            those before it, for models that generate them so (`VideoConfig.frame_by_frame`).
         shown_fps: frames a second of a clip that questions are about, each seen as an image; a
             divisor of `FPS`. None: all frames, in tubes.
         questions: shares of the kinds that the first question about a clip has; None draws a clip
@@ -139,7 +133,6 @@ class MotionDataset(EndlessSource):
         task_weights: Mapping[str, float] | None = None,
         *,
         tubes: bool = True,
-        frame_by_frame: bool = False,
         shown_fps: float | None = SHOWN_FPS,
         questions: Mapping[MotionQuestionKind, float] | None = None,
         split: Split = "train",
@@ -153,7 +146,6 @@ class MotionDataset(EndlessSource):
             )
         self.seed, self.config, self.task_weights = seed, config, weights
         self.tubes, self.shown_fps = tubes, shown_fps
-        self.frame_by_frame = frame_by_frame
         self.questions = questions
         self._step = 1 if shown_fps is None else frame_step(shown_fps)
         self.split: Split = split
@@ -169,15 +161,13 @@ class MotionDataset(EndlessSource):
             "t2i": self._t2i,
         }
         turns = makers[task](rng)
-        if self.frame_by_frame and task in _CLIP_TASKS:
-            task = "interleave"
         return Sample(task, turns, id=f"motion-{self.seed}-{index}")
 
     def _t2v(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_motion(rng, self.config, self.split)
         prompt = SampleText(motion_caption(draw_facts(scene, rng), rng))
         clip = render_motion(scene, self.config)
-        return Turn("user", (prompt,)), self._generated(clip)
+        return Turn("user", (prompt,)), Turn("assistant", (SampleClip(clip, "target", FPS),))
 
     def _t2i(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_motion(rng, self.config, self.split)
@@ -226,18 +216,8 @@ class MotionDataset(EndlessSource):
         request = SampleText(pick(rng, CONTINUE_REQUESTS))
         return (
             Turn("user", (SampleClip(clip[:start], "input", FPS, tubes=self.tubes), request)),
-            self._generated(clip, start),
+            Turn("assistant", (SampleClip(clip[start:], "target", FPS),)),
         )
-
-    def _generated(self, clip: np.ndarray, start: int = 0) -> Turn:
-        """The answer with the frames from `start` on."""
-        if not self.frame_by_frame:
-            return Turn("assistant", (SampleClip(clip[start:], "target", FPS),))
-        parts: list[SampleText | SampleImage] = []
-        for number in range(start, len(clip)):
-            parts.append(SampleText(time_stamp(number / FPS)))
-            parts.append(SampleImage(clip[number], "target"))
-        return Turn("assistant", tuple(parts))
 
     def _watched(self, clip: np.ndarray) -> SampleClip:
         if self.shown_fps is None:

@@ -1,0 +1,75 @@
+"""What is drawn for a sample in training: whether it loses its prompt, which frames are targets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from neounify.config.ranges import STRICT, Fraction, NonNegative
+from neounify.data.sample import DataError
+
+Drop = Literal["none", "text", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuidanceDropout:
+    """Probabilities that a generation sample loses its text, or text and images, for guidance."""
+
+    text: Fraction = 0.1
+    all: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        if self.text + self.all > 1:
+            raise DataError(
+                f"text {self.text} + all {self.all} must be at most 1: a sample loses one or the "
+                "other"
+            )
+
+    def draw(self, rng: np.random.Generator) -> Drop:
+        x = rng.random()
+        if x < self.all:
+            return "all"
+        return "text" if x < self.all + self.text else "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FrameTargets:
+    """Shares of what a clip trains that is generated frame by frame; they need not sum to 1.
+
+    `all` its frames, only its `first`, its `last` behind the first, or those `between` behind both.
+    Frames before the targets in the order of generation (`frame_order`) are seen clean, those after
+    them are left out. Of a clip that continues another one, `last` means its last frame as well,
+    and `first` too.
+    """
+
+    all: NonNegative = 1.0
+    first: NonNegative = 0.0
+    last: NonNegative = 0.0
+    between: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.all + self.first + self.last + self.between:
+            raise DataError("frame_targets: one share must be above 0")
+
+    def draw(self, rng: np.random.Generator, frames: int, *, follows: bool) -> range:
+        """Places of the targets in the order of a clip of `frames`; never none.
+
+        Nothing is drawn where one share stands alone.
+        """
+        ends = min(1 if follows else 2, frames)
+        places = {
+            "all": range(frames),
+            "first": range(1),
+            "last": range(ends - 1, ends),
+            "between": range(ends, frames),
+        }
+        shares = {name: getattr(self, name) for name in places if len(places[name])}
+        drawn = [name for name, share in shares.items() if share]
+        if not drawn:
+            return places["all"]
+        if len(drawn) == 1:
+            return places[drawn[0]]
+        weights = np.array([shares[name] for name in drawn])
+        return places[drawn[rng.choice(len(drawn), p=weights / weights.sum())]]
