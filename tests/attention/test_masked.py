@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neounify.attention.backends import masked_attention
+from neounify.attention.padded import masked_attention
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])

@@ -12,11 +12,11 @@ from torch import Tensor
 from neounify.attention import BACKENDS, AttentionPlan, select
 from neounify.attention.backends import (
     ContiguousAttention,
-    PaddedAttention,
     PagedAttention,
     PrefixAttention,
 )
 from neounify.attention.blocks import BlockAttention
+from neounify.attention.padded import PaddedAttention
 from neounify.cache import Cache, PagedKVCache, SequenceCache
 from neounify.cache.key_values import text_keys
 from neounify.config import MlpConfig, ModelConfig

@@ -22,6 +22,7 @@ from neounify.cli.parity import memory_of_both, scene_tasks
 from neounify.config.model import CheckpointDefaults
 from neounify.config.presets import SCENES, U1_8B
 from neounify.errors import MemoryPlanError
+from neounify.model import NeoUnify
 from neounify.quant.formats import FourBits, Fp8Rows
 from neounify.runtime.devices import Abilities
 from neounify.runtime.memory_plan import Resident, default_image, peak_bytes, working_bytes
@@ -144,6 +145,23 @@ def test_parity_of_other_shapes_is_refused(
     ran = run_bare("parity", toy, bundled_model(), "-o", "out", *SMALL)
     assert ran.code != 0
     assert "cannot be compared weight by weight" in ran.err
+
+
+def test_parity_of_a_model_without_images_is_refused_first(
+    run_bare: Callable[..., Any], toy: Path, tmp_path: Path
+) -> None:
+    """Before anything is written; without the comparison it is quantised."""
+    pipe = neounify.load(toy)
+    config = pipe.config.replace(capabilities=("chat",))
+    neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer).save(tmp_path / "chats")
+    refused = run_bare("quantise", tmp_path / "chats", "--to", "int8", "--output", "out", *SMALL)
+    assert refused.code != 0
+    assert "the comparison generates images, which this model cannot" in refused.err
+    assert not Path("out").exists()
+    parity = run_bare("parity", tmp_path / "chats", toy, "-o", "out", *SMALL)
+    assert "the comparison generates images" in parity.err
+    command = ("quantise", tmp_path / "chats", "--to", "int8", "--output", "out", "--no-parity")
+    assert run_bare(*command).code == 0
 
 
 def test_parity_has_both_models_in_its_plan(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from neounify.attention.backends import PaddedAttention
 from neounify.attention.blocks import BlockAttention
+from neounify.attention.padded import PaddedAttention
 from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
 from neounify.model.stream import Layer, call_plain

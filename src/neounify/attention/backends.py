@@ -2,7 +2,7 @@
 
 decoding      `ContiguousAttention`, `PagedAttention`: one new token of every sequence
 denoising     `PrefixAttention`: noisy images behind cached prefixes
-training      `PaddedAttention`: many short documents without caches
+training      `PaddedAttention` of `neounify.attention.padded`: short documents without caches
 paged, packed `PagedVarlen`, `PrefixVarlen` of `neounify.attention.varlen`, chosen by name
 anything      `BlockAttention`, the reference (`neounify.attention.blocks`)
 """
@@ -20,23 +20,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches, attend_apart
+from neounify.attention.padded import PaddedAttention, masked_attention
 from neounify.attention.varlen import PagedVarlen, PrefixVarlen, check_varlen
 from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.key_values import CacheBatch
 from neounify.errors import ConfigError
 from neounify.model.layout import Block, Layout, to_device
 from neounify.model.neo import NeoUnify
-from neounify.model.parts import GEN, STREAMS, UND, StreamName
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import Projected
 from neounify.runtime.plan import UNLIMITED
 
 MAX_PADDING = 3.0
-"""Padded tokens per token, at most: of caches that are moved into one memory, and of documents."""
-MAX_DOCUMENT = 512
-"""Longer documents are padded only where their blocks are short."""
-MAX_SHORT_DOCUMENT, SHORT_BLOCK = 1024, 64
-"""Tokens of a document whose blocks have fewer tokens than that on average: clips frame by frame,
-say, whose blocks are not worth a call each (docs/log.md)."""
+"""Padded tokens per token, at most, of caches that are moved into one memory."""
 MAX_PREFIX = 512
 """An image that sees at most so many tokens, its own included, is read side by side with others;
 measured in docs/log.md."""
@@ -247,120 +243,6 @@ def _is_short(block: Block) -> bool:
 def _slots(lengths: Sequence[int], width: int) -> Int64[np.ndarray, " n"]:
     """Slot of each image token in a padded batch, with `width` slots per image."""
     return np.concatenate([np.arange(n) + number * width for number, n in enumerate(lengths)])
-
-
-class PaddedAttention:
-    """One masked product for all documents.
-
-    Training packs hundreds of short documents into a call. Attention block by block would spend its
-    time on the calls; padded to the longest, one masked product serves them all.
-
-    The tokens of each document are concatenated, stream by stream, in one of `documents` rows of
-    `longest` slots. `slots` is the slot of each token of a stream; `mask` [documents, longest,
-    longest] is True where a query sees a key. Empty slots see only themselves, so that no row of
-    the softmax is empty.
-    """
-
-    def __init__(self, layout: Layout, longest: int, device: torch.device) -> None:
-        mask = np.tile(np.eye(longest, dtype=bool), (len(layout.documents), 1, 1))
-        firsts = np.arange(len(layout.documents)) * longest
-        self._slots: dict[StreamName, np.ndarray] = {}
-        for name in STREAMS:
-            rows = layout[name]
-            slots = np.concatenate(
-                [
-                    firsts[number] + np.arange(stop - start)
-                    for number, (start, stop) in enumerate(rows.ranges)
-                ]
-            )
-            firsts = firsts + np.array([stop - start for start, stop in rows.ranges])
-            for block in rows.blocks:
-                _mark(mask, block, slots[block.start] % longest, STREAMS[name].context)
-            self._slots[name] = slots
-        self._indices: dict[tuple[StreamName, ...], Tensor] = {}
-        with torch.inference_mode(False):
-            self._mask = to_device(mask, device).unsqueeze(1)
-
-    def _index(self, streams: tuple[StreamName, ...]) -> Tensor:
-        """The place of each token of these streams, made once."""
-        if streams not in self._indices:
-            slots = np.concatenate([self._slots[name] for name in streams])
-            with torch.inference_mode(False):
-                self._indices[streams] = to_device(slots, self._mask.device)
-        return self._indices[streams]
-
-    @classmethod
-    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PaddedAttention | None:
-        if caches is not None:
-            return None
-        ranges = zip(*(layout[name].ranges for name in STREAMS), strict=True)
-        lengths = [sum(stop - start for start, stop in document) for document in ranges]
-        longest, total = max(lengths, default=0), sum(lengths)
-        blocks = sum(len(layout[name].blocks) for name in STREAMS)
-        most = MAX_SHORT_DOCUMENT if total < SHORT_BLOCK * blocks else MAX_DOCUMENT
-        few = len(lengths) < 2 or longest > most
-        if few or len(lengths) * longest > MAX_PADDING * total:
-            return None
-        return cls(layout, longest, device)
-
-    def __call__(
-        self, layer: int, streams: Mapping[StreamName, Projected]
-    ) -> dict[StreamName, Tensor]:
-        index = self._index(tuple(streams))
-        documents, longest = self._mask.shape[0], self._mask.shape[-1]
-
-        def side_by_side(rows: Sequence[Tensor]) -> Tensor:
-            x = rows[0] if len(rows) == 1 else torch.cat(list(rows))
-            padded = x.new_zeros(documents * longest, *x.shape[1:]).index_copy(0, index, x)
-            return padded.unflatten(0, (documents, longest)).transpose(1, 2)
-
-        q, k, v = (side_by_side(parts) for parts in zip(*streams.values(), strict=True))
-        out = masked_attention(q, k, v, self._mask)
-        lengths = [x.q.shape[0] for x in streams.values()]
-        rows = out.transpose(1, 2).flatten(0, 1).index_select(0, index).split(lengths)
-        attended = dict(zip(streams, rows, strict=True))
-        for name, x in streams.items():
-            if STREAMS[name].context and not any(tensor.requires_grad for tensor in x):
-                # Nothing that the context sees is trained; it only shared a product with others.
-                attended[name] = attended[name].detach()
-        return attended
-
-
-def _mark(mask: np.ndarray, block: Block, first: int, context: bool) -> None:
-    """Let the queries of a block, the first of them in slot `first`, see their keys."""
-    block_mask = mask[block.document, first : first + block.length]
-    if block.causal:
-        before = block.visible - block.length
-        block_mask[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
-    else:
-        block_mask[:, : block.visible] = True
-    if not context:
-        block_mask[:, first : first + block.length] = True
-
-
-def masked_attention(
-    q: Float[Tensor, "b heads n d"],
-    k: Float[Tensor, "b kv m d"],
-    v: Float[Tensor, "b kv m d"],
-    mask: Bool[Tensor, "b 1 _n m"],
-) -> Float[Tensor, "b heads n d"]:
-    """Attention of padded documents under a mask.
-
-    In half precision on a CPU the scores are rounded to that precision before the softmax, which
-    itself is float32: at a score of 11 bfloat16 rounds by up to 1/32, 3 % of a weight. Outputs
-    are then off by up to three times what the library's kernels are; float32 scores took 1.5 to
-    4 times as long (docs/log.md). A test bounds it.
-    """
-    half = q.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
-    if q.device.type != "cpu" or not half:
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    # In half precision on a CPU the library's masked kernel is slower (docs/log.md).
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    unseen = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
-    return (scores + unseen).softmax(dim=-1) @ v
 
 
 def attend_tokens(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neounify.attention.backends import attend_slots, masked_attention
+from neounify.attention.backends import attend_slots
+from neounify.attention.padded import masked_attention
 from neounify.attention.varlen import Kernel
 from neounify.cache import PagedKVCache, PagedSequence, SequenceCache
 from neounify.model.layout import to_device

@@ -107,8 +107,19 @@ def _check(first: Path, config: Path | None, second: Path, options: ParityOption
         from neounify.checkpoint.quantised_layers import kept_formats
 
     a, b = (CheckpointFolder.open(path, config) for path in (first, second))
+    check_comparable(a.config)
+    check_comparable(b.config)
     check_backend_used(b, None, options.backend)
     comparison_device(a, kept_formats(b).values(), options)
+
+
+def check_comparable(config: ModelConfig) -> None:
+    """Raise RequestError for a model that cannot generate the images that are compared."""
+    if "generate" not in config.capabilities:
+        raise RequestError(
+            "the comparison generates images, which this model cannot; of quantise leave it out "
+            "with --no-parity"
+        )
 
 
 def comparison_device(

@@ -14,7 +14,7 @@ from neounify.cli.display import Display
 from neounify.cli.files import check_apart, check_new_folder
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, ConfigFolder, OverwriteOptions, ReportOptions, option
-from neounify.cli.parity import ParityOptions, comparison_device, write_parity
+from neounify.cli.parity import ParityOptions, check_comparable, comparison_device, write_parity
 from neounify.errors import RequestError
 from neounify.runtime import lasting_imports
 
@@ -80,6 +80,7 @@ def _check_parity(folder: Path, config: Path | None, preset: str, options: Parit
         from neounify.quant.presets import preset_formats
 
     checkpoint = CheckpointFolder.open(folder, config)
+    check_comparable(checkpoint.config)
     shapes = expected_shapes(checkpoint.config)
     formats: Collection[WeightFormat]
     if preset in GGUF_PRESETS:

@@ -12,8 +12,8 @@ import typer
 
 from neounify.cli.command import CliError
 from neounify.cli.display import Display
-from neounify.cli.files import check_apart
-from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
+from neounify.cli.files import check_apart, check_new_folder
+from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, ThreadOptions, option
 from neounify.cli.ranks import all_ranks, device_of
 from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
@@ -47,6 +47,7 @@ def train(
             FILES, "DIR", "Do not train: write the newest state as a bfloat16 checkpoint into DIR."
         ),
     ] = None,
+    overwrite: OverwriteOptions,
     where: ThreadOptions,
     report: ReportOptions,
 ) -> None:
@@ -75,9 +76,13 @@ def train(
             parsed = ranks.together(lambda: read_recipe(recipe))
         folder = out or Path("out") / parsed.name
         if export is not None:
-            target = export
+            target, replace = export, overwrite.overwrite
             ranks.together(
-                lambda: _export_newest(parsed, folder, target, display) if ranks.first else None
+                lambda: (
+                    _export_newest(parsed, folder, target, display, overwrite=replace)
+                    if ranks.first
+                    else None
+                )
             )
             return
         with ExitStack() as stack:
@@ -147,7 +152,9 @@ def _train(
     display.result(f"saved {folder / 'model'}", folder / "model")
 
 
-def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display) -> None:
+def _export_newest(
+    recipe: Recipe, folder: Path, target: Path, display: Display, *, overwrite: bool
+) -> None:
     """Write the newest saved state of a run as a checkpoint. Raises CliError."""
     import torch
 
@@ -158,6 +165,7 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
     if state is None:
         raise CliError(f"{folder} holds no saved state yet")
     check_apart(target, state, recipe.model.checkpoint)
+    check_new_folder(target, "a model", overwrite=overwrite)
     export_state(recipe, folder, state, target, torch.bfloat16)
     display.result(f"saved {target} from {state.name}", target)
 

@@ -1,4 +1,4 @@
-"""What is drawn for a sample in training: whether it loses its prompt, which frames are targets."""
+"""Draws for a sample in training: the loss of its prompt, the frames that are targets."""
 
 from __future__ import annotations
 

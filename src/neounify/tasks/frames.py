@@ -24,9 +24,8 @@ from neounify.tasks.image import (
     generate_images,
     prefill_branches,
 )
-from neounify.tasks.interleave import to_und_input
+from neounify.tasks.interleave import append_generated
 from neounify.tasks.program import (
-    Compute,
     FramesFinished,
     ImageFinished,
     Preview,
@@ -35,12 +34,11 @@ from neounify.tasks.program import (
     Returned,
     TaskEvent,
     Usage,
-    pack_images,
     resume,
 )
 from neounify.text.clips import frame_order, time_stamp
 from neounify.text.template import Prompt, interleave_prompt, place_images
-from neounify.text.tokens import IMAGE_CLOSE, IMAGE_OPEN
+from neounify.text.tokens import IMAGE_OPEN
 
 
 def image_program(
@@ -95,7 +93,7 @@ def _clip(
     """Generate clip `index`; its frames are appended to the conditional context alone."""
     sampling, frames, config = request.sampling, request.frames, processor.config
     grid = Grid.of_pixels(request.height, request.width, config.token_size)
-    opens, closes = processor.token(IMAGE_OPEN), processor.token(IMAGE_CLOSE)
+    opens = processor.token(IMAGE_OPEN)
     before = len(request.condition)
     order = frame_order(frames, follows=before > 0)
     stamps = [
@@ -130,10 +128,7 @@ def _clip(
             yield Preview(index, number * sampling.steps, steps_of_all, finished.pixels)
         if number < frames:
             # What follows sees the frame as it is saved: in range, though not rounded.
-            seen = finished.pixels.clamp(-1, 1)
-            clean: Tensor = yield Compute(partial(to_und_input, seen, processor.dtype))
-            (packed,) = yield from pack_images([clean], config.token_size)
-            yield Append(new_number(), {cond: (packed, TextInput((closes,)))})
+            yield from append_generated(processor, finished.pixels.clamp(-1, 1), [cond])
     whole = torch.cat([levels[frame] for frame in range(frames)])
     alone = replace(usage, images=frames * grid.length).finished(None)
     yield FramesFinished(index, 0, frames, whole, alone, evaluations)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
-from neounify.engine.messages import Append, Decode, Release, TextInput, new_number
+from neounify.engine.messages import (
+    Append,
+    Decode,
+    Release,
+    SequenceName,
+    TextInput,
+    new_number,
+)
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
@@ -123,6 +130,16 @@ def to_und_input(pixels: Float[Tensor, "c h w"], dtype: torch.dtype) -> Float[Te
     return normalise_und((pixels + 1) / 2).to(dtype)
 
 
+def append_generated(
+    processor: Processor, pixels: Float[Tensor, "c h w"], sequences: Sequence[SequenceName]
+) -> Program[None]:
+    """Append a generated image, and the token that closes it, to sequences that opened one."""
+    clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
+    (image,) = yield from pack_images([clean], processor.config.token_size)
+    closes = TextInput((processor.token(IMAGE_CLOSE),))
+    yield Append(new_number(), dict.fromkeys(sequences, (image, closes)))
+
+
 def interleave(
     processor: Processor,
     request: InterleaveRequest,
@@ -173,15 +190,11 @@ def interleave(
                 visible = ["cond"]
             width, height = request.sizes[min(index, len(request.sizes) - 1)]
             draw = partial(draw_noise, processor.config, width, height, generator)
-            side = processor.config.token_size
-            grid = Grid.of_pixels(height, width, side)
+            grid = Grid.of_pixels(height, width, processor.config.token_size)
             (pixels,) = yield from denoise(
                 draw, grid, request.sampling, prefixes, previews, usage, first=index
             )
-            clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
-            (image,) = yield from pack_images([clean], side)
-            appended = (image, TextInput((processor.token(IMAGE_CLOSE),)))
-            yield Append(new_number(), {names[b]: appended for b in visible})
+            yield from append_generated(processor, pixels, [names[b] for b in visible])
     except ContextFullError:
         reason = "length"
     yield usage.finished(reason)
