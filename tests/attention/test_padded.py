@@ -109,7 +109,7 @@ def test_long_documents_are_padded_where_their_blocks_are_short() -> None:
     frame = Text(10), Noise(4, 4), Image(4, 4)
     clip = Document((Text(20), *(frame * 16)))
     assert isinstance(plan(Layout([clip, clip])), PaddedAttention)
-    longer = Document((Text(20), *(frame * 25)))
+    longer = Document((Text(20), *(frame * 60)))
     image = Document((Text(120), Noise(24, 24)))
     for layout in (Layout([clip, longer]), Layout([image, image])):
         assert not isinstance(plan(layout), PaddedAttention)

@@ -17,7 +17,7 @@ from neounify.model.stream import Projected
 
 MAX_DOCUMENT = 512
 """Longer documents are padded only where their blocks are short."""
-MAX_SHORT_DOCUMENT, SHORT_BLOCK = 1024, 64
+MAX_SHORT_DOCUMENT, SHORT_BLOCK = 2048, 64
 """Tokens of a document whose blocks have fewer tokens than that on average: clips frame by frame,
 say, whose blocks are not worth a call each (docs/log.md)."""
 
@@ -28,7 +28,7 @@ class PaddedAttention:
     Training packs hundreds of short documents into a call. Attention block by block would spend its
     time on the calls; padded to the longest of its group, one masked product serves many.
 
-    The tokens of each document are concatenated, stream by stream, in slots that only it has; `slots`
+    The tokens of each document are concatenated, stream by stream, in slots of that one; `slots`
     is the slot of each token of a stream. A group has `documents` rows of `longest` slots and a
     mask [documents, 1, longest, longest], True where a query sees a key. Empty slots see only
     themselves, so that no row of the softmax is empty.
