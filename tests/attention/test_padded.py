@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from neounify.attention.padded import PaddedAttention, by_length
+from neounify.attention.padded import PaddedAttention, by_size
 from neounify.model import Document, Image, Layout, Noise, Text
 from neounify.model.parts import GEN, UND
 from neounify.model.stream import Projected
@@ -85,7 +85,8 @@ def test_where_padding_would_not_pay(lengths: list[int]) -> None:
 
 
 def test_documents_are_padded_beside_those_of_their_length() -> None:
-    assert by_length([4, 400, 90, 210, 5, 50, 200]) == [[1, 3, 6], [2, 5], [4, 0]]
+    sizes = [(4, 4), (9, 400), (9, 90), (18, 210), (5, 5), (5, 50), (40, 200)]
+    assert by_size(sizes) == [[1, 3], [6], [2, 5], [4, 0]]
     rng = random.Random(3)
     frame = Text(3), Noise(2, 2), Image(2, 2)
     clips = [Document((Text(5), *(frame * n))) for n in (1, 9, 2, 8)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neounify.attention.blocks import Caches
 from neounify.model.layout import Block, Layout, to_device
-from neounify.model.parts import STREAMS, StreamName
+from neounify.model.parts import STREAMS, UND, StreamName
 from neounify.model.stream import Projected
 
 MAX_DOCUMENT = 512
@@ -23,54 +26,33 @@ say, whose blocks are not worth a call each (docs/log.md)."""
 
 
 class PaddedAttention:
-    """A few masked products for all documents, one for those of similar length.
+    """A few masked products for all documents, one for those of similar size.
 
     Training packs hundreds of short documents into a call. Attention block by block would spend its
-    time on the calls; padded to the longest of its group, one masked product serves many.
-
-    The tokens of each document are concatenated, stream by stream, in slots of that one; `slots`
-    is the slot of each token of a stream. A group has `documents` rows of `longest` slots and a
-    mask [documents, 1, longest, longest], True where a query sees a key. Empty slots see only
-    themselves, so that no row of the softmax is empty.
+    time on the calls; padded to the largest of its group, one masked product serves many. The
+    context of a document is one part of such a product, and so are the blocks of another stream
+    that see the same context, as the noisy copies of an image do.
     """
 
-    def __init__(self, layout: Layout, lengths: Sequence[int], device: torch.device) -> None:
-        places: dict[int, tuple[np.ndarray, int]] = {}
-        masks: list[np.ndarray] = []
-        firsts = np.zeros(len(lengths), dtype=np.int64)
-        size = 0
-        for group in by_length(lengths):
-            longest = lengths[group[0]]
-            mask = np.tile(np.eye(longest, dtype=bool), (len(group), 1, 1))
-            masks.append(mask)
-            for row, number in enumerate(group):
-                places[number], firsts[number] = (mask[row], size), size
-                size += longest
-        self._size, self._slots = size, dict[StreamName, np.ndarray]()
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._groups: dict[StreamName, list[_Group]] = {}
+        self._places: dict[StreamName, Tensor] = {}
+        rows = {name: layout[name].ranges[-1][1] for name in STREAMS}
+        firsts = dict(zip(STREAMS, np.cumsum([0, *rows.values()]).tolist(), strict=False))
         for name in STREAMS:
-            rows = layout[name]
-            slots = np.concatenate(
-                [
-                    firsts[number] + np.arange(stop - start)
-                    for number, (start, stop) in enumerate(rows.ranges)
-                ]
-            )
-            firsts = firsts + np.array([stop - start for start, stop in rows.ranges])
-            for block in rows.blocks:
-                mask, first = places[block.document]
-                _mark(mask, block, slots[block.start] - first, STREAMS[name].context)
-            self._slots[name] = slots
-        self._indices: dict[tuple[StreamName, ...], Tensor] = {}
-        with torch.inference_mode(False):
-            self._masks = [to_device(mask, device).unsqueeze(1) for mask in masks]
-
-    def _index(self, streams: tuple[StreamName, ...]) -> Tensor:
-        """The place of each token of these streams, made once."""
-        if streams not in self._indices:
-            slots = np.concatenate([self._slots[name] for name in streams])
+            parts = list(_parts(layout, name, firsts[name]))
+            sizes = [(len(part.queries), len(part.keys)) for part in parts]
+            places, size, groups = np.zeros(rows[name], dtype=np.int64), 0, []
+            for numbers in by_size(sizes):
+                group = [parts[number] for number in numbers]
+                n, m = (max(sizes[number][side] for number in numbers) for side in (0, 1))
+                for row, part in enumerate(group):
+                    places[part.queries] = size + row * n + np.arange(len(part.queries))
+                size += len(group) * n
+                groups.append(_Group.of(group, n, m, rows[name], firsts[name] + rows[name], device))
+            self._groups[name] = groups
             with torch.inference_mode(False):
-                self._indices[streams] = to_device(slots, self._masks[0].device)
-        return self._indices[streams]
+                self._places[name] = to_device(places, device)
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PaddedAttention | None:
@@ -82,54 +64,140 @@ class PaddedAttention:
         most = MAX_SHORT_DOCUMENT if sum(lengths) < SHORT_BLOCK * blocks else MAX_DOCUMENT
         if len(lengths) < 2 or max(lengths) > most:
             return None
-        return cls(layout, lengths, device)
+        return cls(layout, device)
 
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
     ) -> dict[StreamName, Tensor]:
-        index = self._index(tuple(streams))
-        sizes = [mask.shape[0] * mask.shape[-1] for mask in self._masks]
+        return {name: self._attend(name, streams) for name in streams}
 
-        def side_by_side(rows: Sequence[Tensor]) -> list[Tensor]:
-            x = rows[0] if len(rows) == 1 else torch.cat(list(rows))
-            padded = x.new_zeros(self._size, *x.shape[1:]).index_copy(0, index, x)
-            return [
-                part.unflatten(0, (mask.shape[0], mask.shape[-1])).transpose(1, 2)
-                for mask, part in zip(self._masks, padded.split(sizes), strict=True)
-            ]
-
-        q, k, v = (side_by_side(parts) for parts in zip(*streams.values(), strict=True))
-        groups = map(masked_attention, q, k, v, self._masks)
-        out = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
-        lengths = [x.q.shape[0] for x in streams.values()]
-        attended = dict(zip(streams, out.index_select(0, index).split(lengths), strict=True))
-        for name, x in streams.items():
-            if STREAMS[name].context and not any(tensor.requires_grad for tensor in x):
-                # Nothing that the context sees is trained; it only shared a product with others.
-                attended[name] = attended[name].detach()
-        return attended
+    def _attend(self, name: StreamName, streams: Mapping[StreamName, Projected]) -> Tensor:
+        context = STREAMS[name].context
+        seen = [x for other, x in streams.items() if other == name or not context]
+        q, k, v = (
+            torch.cat([*tensors, tensors[0].new_zeros(1, *tensors[0].shape[1:])])
+            for tensors in ([streams[name].q], [x.k for x in seen], [x.v for x in seen])
+        )
+        out = [group.attend(q, k, v) for group in self._groups[name]]
+        return torch.cat(out).index_select(0, self._places[name])
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of documents in groups, the longest first, none below half of its group's longest."""
+class _Part(NamedTuple):
+    """Queries of a stream, the tokens that they may see, and which see which.
+
+    `queries` are rows of the stream; `keys` are those of all streams that it sees, one behind the
+    other; `mask` [queries, keys].
+    """
+
+    queries: Int64[np.ndarray, " n"]
+    keys: Int64[np.ndarray, " m"]
+    mask: Bool[np.ndarray, "n m"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Parts side by side, each with `n` queries and `m` keys; the places left are of a zero row.
+
+    Places without a query see their first key, so that no row of the softmax is empty.
+    """
+
+    queries: Int64[Tensor, " b_n"]
+    keys: Int64[Tensor, " b_m"]
+    mask: Bool[Tensor, "b 1 n m"]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[_Part],
+        n: int,
+        m: int,
+        empty_query: int,
+        empty_key: int,
+        device: torch.device,
+    ) -> _Group:
+        queries = np.full((len(parts), n), empty_query)
+        keys = np.full((len(parts), m), empty_key)
+        mask = np.zeros((len(parts), 1, n, m), dtype=bool)
+        for row, part in enumerate(parts):
+            count, seen = part.mask.shape
+            queries[row, :count], keys[row, :seen] = part.queries, part.keys
+            mask[row, 0, :count, :seen] = part.mask
+            mask[row, 0, count:, 0] = True
+        with torch.inference_mode(False):
+            return cls(
+                to_device(queries.reshape(-1), device),
+                to_device(keys.reshape(-1), device),
+                to_device(mask, device),
+            )
+
+    def attend(
+        self,
+        q: Float[Tensor, "_q heads d"],
+        k: Float[Tensor, "_k kv d"],
+        v: Float[Tensor, "_k kv d"],
+    ) -> Float[Tensor, "b_n heads d"]:
+        """Attention of the queries, in the order of their places."""
+        number, _, n, m = self.mask.shape
+
+        def side_by_side(x: Tensor, rows: Tensor, width: int) -> Tensor:
+            return x.index_select(0, rows).unflatten(0, (number, width)).transpose(1, 2)
+
+        out = masked_attention(
+            side_by_side(q, self.queries, n),
+            side_by_side(k, self.keys, m),
+            side_by_side(v, self.keys, m),
+            self.mask,
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+def _parts(layout: Layout, name: StreamName, first: int) -> Iterator[_Part]:
+    """The parts of a stream whose keys are counted from `first`: see `PaddedAttention`."""
+    starts = [start for start, _ in layout[UND].ranges]
+    context = STREAMS[name].context
+
+    def together(block: Block) -> tuple[int, int]:
+        return block.document, 0 if context else block.visible
+
+    for (document, visible), same in itertools.groupby(layout[name].blocks, key=together):
+        blocks = list(same)
+        queries = np.arange(blocks[0].start, blocks[-1].stop)
+        before = np.arange(starts[document], starts[document] + visible)
+        mask = np.zeros((len(queries), visible + len(queries)), dtype=bool)
+        mask[:, :visible] = True
+        for block in blocks:
+            _mark(mask, block, block.start - blocks[0].start, visible, context=context)
+        yield _Part(queries, np.concatenate([before, first + queries]), mask)
+
+
+def _mark(
+    mask: Bool[np.ndarray, "n m"], block: Block, start: int, visible: int, *, context: bool
+) -> None:
+    """Let the queries of a block, those from `start` on, see their keys; `visible` are seen."""
+    rows = mask[start : start + block.length]
+    if not context:
+        rows[:, visible + start : visible + start + block.length] = True
+    elif block.causal:
+        before = block.visible - block.length
+        rows[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
+    else:
+        rows[:, : block.visible] = True
+
+
+def by_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Numbers of sizes in groups, large ones first; each side at least half of its first one's."""
     groups: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        if not groups or 2 * lengths[number] < lengths[groups[-1][0]]:
+    order = sorted(range(len(sizes)), key=lambda number: (sizes[number][::-1], -number))
+    for number in reversed(order):
+        largest = sizes[groups[-1][0]] if groups else (0, 0)
+        alike = all(
+            size <= 2 * other and other <= 2 * size
+            for size, other in zip(sizes[number], largest, strict=True)
+        )
+        if not alike:
             groups.append([])
         groups[-1].append(number)
     return groups
-
-
-def _mark(mask: np.ndarray, block: Block, first: int, context: bool) -> None:
-    """Let the queries of a block, the first of them in slot `first`, see their keys."""
-    block_mask = mask[first : first + block.length]
-    if block.causal:
-        before = block.visible - block.length
-        block_mask[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
-    else:
-        block_mask[:, : block.visible] = True
-    if not context:
-        block_mask[:, first : first + block.length] = True
 
 
 def masked_attention(
