@@ -22,6 +22,7 @@ import torch
 import neounify
 from benchmarks.timing import describe_machine
 from neounify.bundled import bundled_model
+from neounify.config.sampling import SolverName
 from neounify.evaluate.intervals import Difference, Paired
 from neounify.evaluate.metrics import Rate, psnr, wilson_interval
 from neounify.flow.sampling import ImageSampling, fast_steps
@@ -43,29 +44,38 @@ FINE = 4
 """Steps of the fine solution, as a multiple of the checkpoint's."""
 
 
-def rules(steps: int) -> dict[str, dict[str, Any]]:
-    """Sampling settings by name, for a checkpoint with `steps`; the first is full sampling."""
+def rules(steps: int, solver: SolverName = "euler") -> dict[str, dict[str, Any]]:
+    """Sampling settings by name, for a checkpoint with `steps` and `solver`.
+
+    The first is the checkpoint's full sampling. Every rule names its solver, whatever the
+    checkpoint's is.
+    """
     half, third = fast_steps("half", steps), fast_steps("third", steps)
     few = max(1, round(steps / 5))
+    fastest: SolverName = "ab2" if solver == "euler" else solver
     ab2 = {"steps": half, "solver": "ab2"}
     cache = {"step_cache": 0.15, "step_cache_most": 2, "step_cache_warm": 3}
     return {
-        f"Euler {steps} (reference)": {},
-        f"fast half: Euler {half}": {"fast": "half"},
+        f"{_shown(solver)} {steps} (reference)": {"solver": solver},
+        f"fast half: {_shown(solver)} {half}": {"fast": "half", "solver": solver},
         f"ab2 {half}": ab2,
         f"ab2 {half}, guided up to t = 0.5": ab2 | {"guidance_interval": (0.0, 0.5)},
         f"ab2 {half}, reuse every 2nd": ab2 | {"guidance_reuse": 2},
         f"ab2 {half}, guidance stops at 0.05": ab2 | {"guidance_stop": 0.05},
         f"ab2 {half}, step cache 0.15": ab2 | cache,
-        f"fast third: ab2 {third}": {"fast": "third"},
-        f"Euler {third}": {"steps": third},
+        f"fast third: {_shown(fastest)} {third}": {"fast": "third", "solver": fastest},
+        f"Euler {third}": {"steps": third, "solver": "euler"},
         f"dpm2m {third}": {"steps": third, "solver": "dpm2m"},
         f"ab2 {half}, guided from 0.2 to 0.9": ab2 | {"guidance_interval": (0.2, 0.9)},
         f"ab2 {half}, no guidance": ab2 | {"guidance": 1.0},
-        f"Euler {few}": {"steps": few},
+        f"Euler {few}": {"steps": few, "solver": "euler"},
         f"ab2 {few}": {"steps": few, "solver": "ab2"},
         f"dpm2m {few}": {"steps": few, "solver": "dpm2m"},
     }
+
+
+def _shown(solver: SolverName) -> str:
+    return "Euler" if solver == "euler" else solver
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,8 @@ def psnr_table(rows: Sequence[Row]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run every rule, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluations", description=__doc__)
-    parser.add_argument("--model", type=Path, help="folder; default: the bundled model")
+    parser.add_argument("--model", type=Path, help="folder or file; default: the bundled model")
+    parser.add_argument("--config", type=Path, help="folder with config.json and tokenizer")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--world", help="a world of SceneBench the model knows (bundled: default)")
@@ -214,10 +225,14 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     pipe = neounify.load(
-        arguments.model or bundled_model(), dtype=arguments.dtype, device=arguments.device
+        arguments.model or bundled_model(),
+        config=arguments.config,
+        dtype=arguments.dtype,
+        device=arguments.device,
     )
     world = arguments.world or ("default" if arguments.model is None else None)
-    wanted = list(rules(pipe.config.sampling.steps).items())
+    defaults = pipe.config.sampling
+    wanted = list(rules(defaults.steps, defaults.solver).items())
     if arguments.rules:
         chosen = [any(word in name for word in arguments.rules) for name, _ in wanted]
         wanted = [rule for n, rule in enumerate(wanted) if not n or chosen[n]]

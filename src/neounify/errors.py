@@ -53,6 +53,10 @@ class VideoError(InputError):
     """A video cannot be read or written, or is beyond a limit."""
 
 
+class DecoderStopped(VideoError):
+    """A video was not decoded for a reason outside its file, and may be if it is tried again."""
+
+
 class PromptError(InputError):
     """A prompt or a message list cannot be turned into model input."""
 

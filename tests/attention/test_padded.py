@@ -86,7 +86,7 @@ def test_where_padding_would_not_pay(lengths: list[int]) -> None:
 
 def test_documents_are_padded_beside_those_of_their_length() -> None:
     sizes = [(4, 4), (9, 400), (9, 90), (18, 210), (5, 5), (5, 50), (40, 200)]
-    assert by_size(sizes) == [[1, 3], [6], [2, 5], [4, 0]]
+    assert by_size(sizes) == [[0, 4], [1], [2], [3], [5], [6]]
     rng = random.Random(3)
     frame = Text(3), Noise(2, 2), Image(2, 2)
     clips = [Document((Text(5), *(frame * n))) for n in (1, 9, 2, 8)]
@@ -110,6 +110,7 @@ def test_long_documents_are_padded_where_their_blocks_are_short() -> None:
     frame = Text(10), Noise(4, 4), Image(4, 4)
     clip = Document((Text(20), *(frame * 16)))
     assert isinstance(plan(Layout([clip, clip])), PaddedAttention)
+    assert isinstance(plan(Layout([clip])), PaddedAttention)
     longer = Document((Text(20), *(frame * 60)))
     image = Document((Text(120), Noise(24, 24)))
     for layout in (Layout([clip, longer]), Layout([image, image])):

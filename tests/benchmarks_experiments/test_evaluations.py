@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchmarks.evaluations import Row, main, psnr_table, rules, scene_table, verdict
 
 from neounify.cli.toy import toy_pipeline
+from neounify.config.presets import TINY
+from neounify.config.sampling import SolverName
 from neounify.evaluate.intervals import Difference
 from neounify.flow.sampling import ImageSampling
+from support import pixelumm
 
 
 def test_every_rule_is_one() -> None:
@@ -18,6 +22,19 @@ def test_every_rule_is_one() -> None:
         for settings in rules(steps).values():
             ImageSampling(**settings)
     assert "ab2 15" in " ".join(rules(50))
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "dpm2m", "unipc"])
+def test_every_rule_samples_with_the_solver_of_its_name(solver: SolverName) -> None:
+    """Whatever that of the checkpoint is, which full and fast sampling keep."""
+    of_solver = replace(TINY.sampling, steps=50, solver=solver)
+    table = rules(50, solver)
+    for name, settings in table.items():
+        used = ImageSampling(**settings).resolve(TINY.replace(sampling=of_solver), editing=False)
+        shown = name.partition(": ")[2] or name
+        assert shown.lower().startswith(f"{used.solver} {used.steps}"), name
+    first = ImageSampling().resolve(TINY.replace(sampling=of_solver), editing=False)
+    assert next(iter(table)).lower() == f"{first.solver} {first.steps} (reference)"
 
 
 def test_a_claim_needs_its_interval() -> None:
@@ -55,3 +72,15 @@ def test_prompts_of_any_other_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "| fast half: Euler " in shown
     assert shown.count(" dB (") == 3
+
+
+def test_a_file_of_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pixelumm.saved(tmp_path / "model")
+    weights = (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a boat\n", encoding="utf-8")
+    words = ["--model", weights, "--config", folder, "--prompts", prompts, "--size", "32x32"]
+    main([*map(str, words), "--rules", "fast third", "Euler"])
+    shown = capsys.readouterr().out
+    assert "| dpm2m 3 (reference) | 6.0 |" in shown
+    assert "| fast third: dpm2m 1 | 2.0 |" in shown

@@ -36,6 +36,7 @@ from neounify.runtime.memory_plan import (
     working_bytes,
 )
 from neounify.runtime.plan import ExecutionPlan
+from neounify.runtime.process import OwnMemory
 from neounify.runtime.rates import UNKNOWN, Machine
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
@@ -43,6 +44,12 @@ from support.device_abilities import pretending
 
 WIDE = SMALL.replace(hidden_size=256, num_layers=8, vocab_size=512)
 WIDE = WIDE.replace(sampling=neounify.config.CheckpointDefaults(image_size=(128, 128)))
+
+
+@pytest.fixture(autouse=True)
+def usual_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process takes PROCESS in every plan; that of the tests is far larger."""
+    monkeypatch.setattr("neounify.runtime.rates.own_memory", lambda: OwnMemory(0, 0))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import neounify.pipeline
 from neounify.cli.app import app
 from neounify.cli.toy import toy_pipeline
 
@@ -45,6 +46,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of a model, by any command, is a failure."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(neounify.pipeline, "load", load)
 
 
 @pytest.fixture(scope="session")

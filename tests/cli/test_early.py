@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import neounify.pipeline
 from neounify.bundled import bundled_model
 from neounify.cli.chat import asks_about_image
 from neounify.files import is_empty, locked_folder
@@ -18,16 +17,6 @@ from neounify.files import is_empty, locked_folder
 Run = Callable[..., Any]
 RECIPES = Path(__file__).parents[2] / "recipes"
 BUNDLED = ("--model", str(bundled_model()))
-
-
-@pytest.fixture
-def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load of a model, by any command, is a failure."""
-
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(neounify.pipeline, "load", load)
 
 
 CORES = f"100000: this machine has {os.cpu_count()} core"

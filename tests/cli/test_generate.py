@@ -242,6 +242,8 @@ def test_videos_are_saved_with_their_records(run: Callable[..., Any], moving: Pa
     assert path.read_bytes()[4:8] == b"ftyp"
     record = json.loads(path.with_suffix(".json").read_text())
     assert (record["frames"], record["fps"], record["size"]) == (8, 16.0, [64, 32])
+    assert run("inspect", path, "--json").json == record
+    assert json.loads(run("inspect", path).out) == record
     assert Path("outputs/a-star_s0_1.previews.png").is_file()
     assert run(*clip, "--output", "one.mp4").code == 0
     assert Path("one.mp4").is_file()
@@ -249,6 +251,13 @@ def test_videos_are_saved_with_their_records(run: Callable[..., Any], moving: Pa
     lines.write_text('{"prompt": "a star", "id": "moves", "seed": 3}\n')
     assert run("generate", "--input", lines, *clip[2:], "--output", "many").code == 0
     assert Path("many/moves_s3_1.mp4").is_file()
+
+
+def test_clips_of_others_have_no_record(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "other.mp4").write_bytes(clip_bytes(numbered(9)))
+    ran = run("inspect", "other.mp4")
+    assert ran.code == 1
+    assert "other.mp4 has no record: neounify did not generate it as MP4" in ran.err
 
 
 def test_clips_are_continued(run: Callable[..., Any], moving: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_the_first_help_names_all_commands_and_an_example(run_bare: Callable[...
     ran = run_bare("--help")
     assert all(command in ran.out for command in COMMANDS)
     assert "neounify generate" in ran.out
+    assert all(family in ran.out for family in ("SenseNova-U1", "PixelUMM"))
 
 
 def test_version(run_bare: Callable[..., Any]) -> None:

@@ -124,6 +124,13 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(here: Path) -> Non
     for target in (".", "run", "run/states"):
         result = neounify("train", recipe, "--out", "run", "--export", target)
         assert "which is read; write to another folder" in result.stderr
+    export = ("train", recipe, "--out", "run", "--export", "exported")
+    assert neounify(*export).exit_code == 0
+    again = neounify(*export)
+    assert "exported is not empty; choose another folder, or add --overwrite" in again.stderr
+    assert neounify(*export, "--overwrite").exit_code == 0
+    alone = neounify("train", recipe, "--out", "run", "--overwrite")
+    assert "--overwrite is for --export" in alone.stderr
     for state in (here / "run" / "states").iterdir():
         (state / "state.json").write_text("{")
     result = neounify("train", recipe, "--out", "run", "--resume", "auto")

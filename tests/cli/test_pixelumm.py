@@ -6,16 +6,23 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from support.pixelumm import saved
+import neounify
+from neounify.checkpoint import CheckpointFolder
+from neounify.checkpoint.sizes import kept_weights
+from neounify.runtime.memory_plan import STREAMS, Task, peak_bytes, working_bytes
+from neounify.tasks.clips import clip_question
+from support.pixelumm import SMALL, saved
 
 Run = Callable[..., Any]
 
@@ -74,6 +81,56 @@ def test_inspect_says_what_is_missing_for_video_files(
     assert "video files need the extra 'video', which is not installed: pip install" in facts
 
 
+def test_quantise_and_parity(run_bare: Run, tmp_path: Path) -> None:
+    """Codes are those that quantising at load gives; the report says what differs, and where."""
+    folder = saved(tmp_path / "model")
+    small = ("--images", 1, "--cases", 0)
+    ran = run_bare("quantise", folder, "--to", "int8", "-o", "int8", *small)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("int8/parity/report.json").read_text())
+    assert 0 < report["weights"]["mlp"] < 0.02
+    assert report["weights"]["norm"] == report["weights"]["image head"] == 0
+    assert all(0 < error < 0.5 for error in report["clean"].values())
+    assert len(report["psnr"]) == 1
+    neounify.load(folder, quantise="int8").save("saved")
+    written, theirs = (load_file(f"{name}/model.safetensors") for name in ("int8", "saved"))
+    assert written.keys() == theirs.keys()
+    for name, codes in written.items():
+        assert codes.dtype == theirs[name].dtype
+        assert torch.equal(codes, theirs[name]), name
+    again = run_bare("parity", folder, folder, "-o", "same", *small, "--json").json
+    assert set(again["weights"].values()) == {0.0}
+    assert again["logits"] == 0
+    assert again["psnr"] == [100]
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        (Task(kind="t2v", width=64, height=48, frames=8, steps=3), ("--task", "t2v")),
+        (clip_question(SMALL, 5, None), ("--task", "chat", "--frames", 5)),
+        (clip_question(SMALL, 5, None, tubes=True), ("--task", "chat", "--frames", 5, "--tubes")),
+    ],
+    ids=["clip", "frames", "tubes"],
+)
+def test_plans_are_of_the_sizes_of_the_files(
+    run_bare: Run, tmp_path: Path, task: Task, options: tuple[object, ...]
+) -> None:
+    folder = saved(tmp_path / "model")
+    machine = ("--gpu", "none", "--ram", "4G", "--json")
+    ran = run_bare("plan", "--model", folder, *options, *machine)
+    assert ran.code == 0, ran.err
+    document = ran.json
+    assert document["task"] == asdict(task)
+    weights = kept_weights(CheckpointFolder.open(folder), torch.float32).weights
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    parts = sum(weights.stream(name) + weights.rest[name] for name in STREAMS)
+    assert parts + weights.shared == pytest.approx(on_disk, rel=0.01)
+    row = next(row for row in document["rows"] if row["mode"] == "all")
+    working = working_bytes(SMALL, task, 4)
+    assert row["peak"] == peak_bytes(weights, "all", working, unified=True)
+
+
 def test_the_doctor_says_what_the_model_can(run_bare: Run, published: Path, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     Path("recipe.toml").write_text(
@@ -125,6 +182,34 @@ def test_what_is_refused(
     ran = run_bare(*command, "--model", published, "--config", published.parent / "llm")
     assert ran.code == 1
     assert f"this PixelUMM model was not trained to {what}; it can answer questions" in ran.err
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_edits_are_refused_before_loading(
+    run_bare: Run, published: Path, images: list[Path]
+) -> None:
+    model = ("--model", published, "--config", published.parent / "llm")
+    ran = run_bare("edit", "make it red", "--image", images[0], *model)
+    assert ran.code == 1
+    assert "was not trained to edit images" in ran.err
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("clip", [(), ("--frames", 8)])
+@pytest.mark.parametrize("which", ["prompt", "negative prompt"])
+def test_prompts_beyond_what_is_read_are_refused_before_loading(
+    run_bare: Run, published: Path, clip: tuple[Any, ...], which: str
+) -> None:
+    long = "a " * 10_000
+    asked = ("a boat", "--negative-prompt", long) if which == "negative prompt" else (long,)
+    model = ("--model", published, "--config", published.parent / "llm", "--steps", 3)
+    ran = run_bare("generate", *asked, *clip, *model)
+    assert ran.code == 1
+    assert f"the {which} has 20,000 tokens, this model reads 4,096 at most" in ran.err
+    Path("lines.jsonl").write_text(json.dumps({"prompt": long}), encoding="utf-8")
+    ran = run_bare("generate", "--input", "lines.jsonl", *clip, *model)
+    assert "no line can be processed" in ran.err
+    assert "tokens, this model reads 4,096 at most" in ran.err
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

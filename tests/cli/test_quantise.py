@@ -26,6 +26,7 @@ from neounify.model import NeoUnify
 from neounify.quant.formats import FourBits, Fp8Rows
 from neounify.runtime.devices import Abilities
 from neounify.runtime.memory_plan import Resident, default_image, peak_bytes, working_bytes
+from neounify.runtime.process import OwnMemory
 from support.checkpoint_folders import CONFIGS, random_weights, write_checkpoint
 from support.device_abilities import pretending
 from support.lora_files import lora_tensors
@@ -156,7 +157,7 @@ def test_parity_of_a_model_without_images_is_refused_first(
     neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer).save(tmp_path / "chats")
     refused = run_bare("quantise", tmp_path / "chats", "--to", "int8", "--output", "out", *SMALL)
     assert refused.code != 0
-    assert "the comparison generates images, which this model cannot" in refused.err
+    assert "which this model cannot; leave it out with --no-parity" in refused.err
     assert not Path("out").exists()
     parity = run_bare("parity", tmp_path / "chats", toy, "-o", "out", *SMALL)
     assert "the comparison generates images" in parity.err
@@ -170,6 +171,7 @@ def test_parity_has_both_models_in_its_plan(
     """Also where the first one, by streams, has nothing in memory yet."""
     monkeypatch.setattr("neounify.runtime.memory_plan.PROCESS", 0)
     checkpoints = [CheckpointFolder.open(path) for path in (toy, coded)]
+    monkeypatch.setattr("neounify.runtime.rates.own_memory", lambda: OwnMemory(0, 0))
     working = working_bytes(checkpoints[0].config, default_image(checkpoints[0].config), 4)
     none: Resident = {"und": 0, "gen": 0}
     first, second = (

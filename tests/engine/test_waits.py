@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neounify.cache import SequenceCache, new_cache, new_paged_cache
-from neounify.config import MlpConfig, TextSampling
+from neounify.config import MlpConfig, ModelConfig, TextSampling, VideoConfig
 from neounify.config.presets import TINY
 from neounify.decode import sampler
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
@@ -30,6 +30,7 @@ from neounify.model.layout import Grid, to_device
 from neounify.quant import backends
 from neounify.quant.linear import QuantLinear
 from neounify.quant.rotation import hadamard
+from neounify.runtime import memory_plan
 from neounify.runtime.devices import Abilities
 from neounify.runtime.plan import ExecutionPlan
 from support.codes import with_codes
@@ -39,8 +40,8 @@ from support.other_device import watching
 META = torch.device("meta")
 
 
-def meta_model() -> NeoUnify:
-    return NeoUnify(TINY).requires_grad_(False).eval().to("meta", torch.bfloat16)
+def meta_model(config: ModelConfig = TINY) -> NeoUnify:
+    return NeoUnify(config).requires_grad_(False).eval().to("meta", torch.bfloat16)
 
 
 CODES = {
@@ -73,22 +74,29 @@ def quant_linears(model: NeoUnify) -> list[QuantLinear]:
 # --- denoising ---
 
 
-def job(model: NeoUnify, grid: Grid, **values: Any) -> DenoiseJob:
+GRIDS = (Grid(2, 2), Grid(2, 2), Grid(3, 1))
+CLIPS = (Grid(2, 2, 2), Grid(2, 2, 2), Grid(3, 1, 3, 1.5))
+
+
+def job(model: NeoUnify, grid: Grid, *, editing: bool = False, **values: Any) -> DenoiseJob:
     config = model.config
     prefixes: dict[Any, SequenceCache] = {}
-    for branch, length in (("cond", 5), ("uncond", 2)):
+    for branch, length in (("cond", 5), ("uncond", 2), ("image", 3)):
         cache = new_cache(model, length)
         cache.advance(cache.document(Text(length)))
         prefixes[branch] = cache
-    sampling = ImageSampling(steps=8, guidance=3.0, **values).resolve(config, editing=False)
-    return make_job(model, torch.randn(grid.length, config.token_width), grid, prefixes, sampling)
+    sampling = ImageSampling(steps=8, guidance=3.0, **values).resolve(config, editing=editing)
+    width = config.tube_width if grid.tubes else config.token_width
+    return make_job(model, torch.randn(grid.length, width), grid, prefixes, sampling)
 
 
-def waits_of_steps(values: dict[str, Any], model: NeoUnify | None = None) -> list[list[str]]:
+def waits_of_steps(
+    values: dict[str, Any], model: NeoUnify | None = None, grids: Sequence[Grid] = GRIDS
+) -> list[list[str]]:
     model = model or meta_model()
     by_step = []
     with watching() as device, torch.inference_mode():
-        jobs = [job(model, grid, **values) for grid in (Grid(2, 2), Grid(2, 2), Grid(3, 1))]
+        jobs = [job(model, grid, **values) for grid in grids]
         denoiser = Denoiser(model)
         for _ in range(5):
             device.waits.clear()
@@ -103,16 +111,32 @@ def waits_of_steps(values: dict[str, Any], model: NeoUnify | None = None) -> lis
         {},
         {"solver": "ab2"},
         {"solver": "dpm2m"},
+        {"solver": "unipc"},
         {"guidance_norm": "global"},
+        {"guidance_norm": "channel"},
         {"guidance_norm": "cfg_zero_star"},
         {"guidance_interval": (0.0, 0.4)},
         {"guidance_reuse": 2},
+        {"editing": True, "image_guidance": 2.0},
+        {"editing": True, "image_guidance": 2.0, "guidance_norm": "channel"},
     ],
     ids=str,
 )
 def test_no_wait_in_a_denoising_step(values: dict[str, Any]) -> None:
     """Neither in the first one, which uploads what all steps need."""
     assert waits_of_steps(values) == [[], [], [], [], []]
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "dpm2m", "unipc"])
+@pytest.mark.parametrize("norm", ["none", "global", "channel"])
+def test_no_wait_in_a_step_of_clips(
+    solver: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They move in pieces of two tokens."""
+    config = TINY.replace(video=VideoConfig(tube_frames=4))
+    monkeypatch.setattr(memory_plan, "PIECE_BYTES", 2 * 4 * config.tube_width)
+    values = {"solver": solver, "guidance_norm": norm}
+    assert waits_of_steps(values, meta_model(config), CLIPS) == [[], [], [], [], []]
 
 
 def test_layers_of_codes_wait_nowhere(coded: NeoUnify) -> None:

@@ -1,4 +1,4 @@
-"""The recipe of clips trains, and its model is measured in MotionBench."""
+"""The recipes of clips train, and their models are measured in MotionBench."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from neounify.tasks.chat import make_chat_request, prompt_of
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.recipe import StageRecipe, TokenizerRecipe, read_recipe
+from neounify.train.recipe import Recipe, StageRecipe, TokenizerRecipe, read_recipe
 from neounify.train.setup import build_setup, recipe_config
 from neounify.train.supervised import SupervisedConfig
 from support.models import TINY_CHANGES, one_thread
@@ -41,13 +41,13 @@ from support.models import TINY_CHANGES, one_thread
 __all__ = ["one_thread"]  # a fixture
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "motion.toml"
+FRAMES = RECIPE.with_name("motion_frames.toml")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps of each stage of the recipe, with a tiny model."""
     recipe, folder = read_recipe(RECIPE), tmp_path_factory.mktemp("motion")
-    stages = tuple(_shortened(stage) for stage in recipe.stages)
     model = replace(
         recipe.model,
         checkpoint=None,
@@ -55,10 +55,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes={**recipe.model.changes, **TINY_CHANGES},
         tokenizer=TokenizerRecipe(vocab_size=300, samples=60),
     )
-    recipe = replace(recipe, model=model, stages=stages, workers=0)
+    _run(replace(recipe, model=model), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_frame(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the other recipe, from the model of the first one."""
+    recipe, folder = read_recipe(FRAMES), tmp_path_factory.mktemp("frames")
+    model = replace(recipe.model, checkpoint=trained / "model")
+    _run(replace(recipe, model=model, parallel=None), folder)
+    return folder
+
+
+def _run(recipe: Recipe, folder: Path) -> None:
+    stages = tuple(_shortened(stage) for stage in recipe.stages)
+    recipe = replace(recipe, stages=stages, workers=0)
     log = Log(folder, Console(quiet=True), tensorboard=False)
     Trainer(recipe, build_setup(recipe, torch.device("cpu"), folder), folder, log).run()
-    return folder
 
 
 def _shortened(stage: StageRecipe) -> StageRecipe:
@@ -79,6 +93,16 @@ def test_two_steps_of_the_recipe(trained: Path) -> None:
     assert (defaults.size, defaults.frames, defaults.fps) == ((64, 64), 8, FPS)
 
 
+def test_two_steps_of_clips_frame_by_frame(by_frame: Path) -> None:
+    lines = [json.loads(line) for line in (by_frame / "log.jsonl").read_text().splitlines()]
+    last = {line["stage"]: line for line in lines if line["kind"] == "train"}
+    assert list(last) == ["moves", "ends", "clips"]
+    assert np.isfinite([line["image/loss"] for line in last.values()]).all()
+    config = load(by_frame / "model").config
+    assert config.frame_by_frame
+    assert (config.sampling.video.size, config.sampling.video.steps) == ((64, 64), 12)
+
+
 def test_the_recipe_needs_no_new_weights_of_pixels() -> None:
     """Its model is the checkpoint's but for the rows of new words."""
     recipe = read_recipe(RECIPE)
@@ -88,7 +112,11 @@ def test_the_recipe_needs_no_new_weights_of_pixels() -> None:
     assert config.sampling.video.sample_fps == SHOWN_FPS
 
 
-def test_its_model_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["trained", "by_frame"])
+def test_its_model_is_measured(
+    folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: Path = request.getfixturevalue(folder)
     monkeypatch.setattr("neounify.motion.bench.subject.MAX_ANSWER_TOKENS", 3)
     asked = MotionBenchConfig(world=motion_config("default"), cases=2)
     subject = PipelineMotionSubject(load(trained / "model"), steps=2)
@@ -97,7 +125,11 @@ def test_its_model_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(len(outcome.examples) == 2 for outcome in outcomes)
 
 
-def test_generated_clips_depend_on_their_seed_alone(trained: Path) -> None:
+@pytest.mark.parametrize("folder", ["trained", "by_frame"])
+def test_generated_clips_depend_on_their_seed_alone(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    trained: Path = request.getfixturevalue(folder)
     subject = PipelineMotionSubject(load(trained / "model"), steps=2)
     one, two, other = subject.film(["a star moves left"] * 3, [8, 8, 12], 64, [1, 2, 1])
     (alone,) = subject.film(["a star moves left"], [8], 64, [1])

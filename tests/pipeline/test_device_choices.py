@@ -33,6 +33,7 @@ from neounify.runtime.devices import Abilities
 from neounify.serve.build import ServeConfig, build_service
 from neounify.serve.engines import EngineConfig
 from neounify.text import byte_tokenizer
+from neounify.train.loss import Metrics
 from neounify.train.recipe import read_recipe
 from neounify.train.setup import check_stages
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
@@ -308,9 +309,16 @@ def test_a_stage_is_refused(use: Use, tmp_path: Path, setting: str) -> None:
     recipe = read_recipe(path)
     with pytest.raises(ConfigError, match=r"stage a: (attention 'varlen'|compile on cuda)"):
         check_stages(recipe, SMALL, use("pascal"))
-    with pytest.raises(ConfigError, match="counts in float64, in which mps does not compute"):
-        check_stages(recipe, SMALL, use("mps"))
     check_stages(recipe, SMALL, use("cpu"))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_trains(use: Use, tmp_path: Path, name: str) -> None:
+    recipe = read_recipe(write_recipe(tmp_path / "r.toml", steps=1))
+    device = use(name)
+    check_stages(recipe, SMALL, device)
+    exact = DEVICES[name].float64
+    assert Metrics("meta").text.dtype == (torch.float64 if exact else torch.float32)
 
 
 def test_this_machine() -> None:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch.optim import adam
 
 import neounify
 from neounify.checkpoint import resolve_device
 from neounify.cli.models import default_device
-from neounify.config import ModelConfig, VideoConfig
+from neounify.config import MlpConfig, ModelConfig, VideoConfig
 from neounify.config.presets import TINY
+from neounify.data.encode import Encoder
+from neounify.data.loader import make_pack
+from neounify.data.sample import Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.errors import RequestError
-from neounify.model import NeoUnify
+from neounify.model import NeoUnify, stream
+from neounify.model.build import computing_in
+from neounify.quant import backends
 from neounify.quant.blocks import BLOCK_FORMATS
 from neounify.quant.rotation import hadamard
 from neounify.runtime.devices import Abilities
-from neounify.text import byte_tokenizer
+from neounify.runtime.plan import ExecutionPlan
+from neounify.text import Tokenizer, byte_tokenizer
+from neounify.train.loss import Counts, LossConfig, Metrics, loss_of
+from neounify.train.optim import Ema, OptimizerConfig, OptimizerName, OptimizerSet, take_step
 from neounify.video.clip import Video
+from support import pixelumm
 from support.codes import with_codes
 from support.device_abilities import pretending
 from support.other_device import OtherDevice, watching
@@ -54,8 +65,70 @@ CLIPS: dict[str, Callable[[neounify.Pipeline], object]] = {
     "continue": lambda pipe: pipe.generate("a star", condition=CLIP, **SMALL, frames=4, fps=8),
     "chat": lambda pipe: pipe.chat("what moves?", video=CLIP, tubes=True, max_new_tokens=3),
 }
+EXPERTS = MlpConfig(
+    width=16,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=16,
+    sparse=(True,) * TINY.num_layers,
+)
+ABLE = (*TINY.capabilities, "generate_video", "continue_video")
+FRAMES = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
+UNIPC: dict[str, Any] = {"width": 64, "height": 48, "steps": 4, "frames": 8, "fps": 12}
+KINDS: dict[str, tuple[ModelConfig, dict[str, Callable[[neounify.Pipeline], object]]]] = {
+    "sparse": (
+        TINY.replace(und_mlp=EXPERTS, gen_mlp=EXPERTS),
+        {name: TASKS[name] for name in ("generate", "edit", "chat", "interleave")},
+    ),
+    "pixel": (
+        TINY.replace(image_head="pixel"),
+        {name: TASKS[name] for name in ("generate", "edit")},
+    ),
+    "pixelumm": (
+        pixelumm.SMALL,
+        {
+            "generate": lambda pipe: pipe.generate("a boat", **LONGER),
+            "chat": TASKS["chat"],
+            "clip": lambda pipe: pipe.generate("a boat", **UNIPC),
+            "clip by dpm2m": lambda pipe: pipe.generate("a boat", **UNIPC, solver="dpm2m"),
+            "tubes": lambda pipe: pipe.chat("why?", video=CLIP, tubes=True, max_new_tokens=3),
+        },
+    ),
+    "frame by frame": (
+        TINY.replace(video=FRAMES, capabilities=ABLE),
+        {
+            "generate": lambda pipe: pipe.generate("a", **SMALL, frames=3, fps=8, guidance=2),
+            "continue": lambda pipe: pipe.generate("a", condition=CLIP, **SMALL, frames=2, fps=8),
+        },
+    ),
+}
+"""Models of other parts than those of the toy, and what is walked of each."""
+PIXELS = np.zeros((64, 64, 3), np.uint8)
+ASK = Turn("user", (SampleText("a star"),))
+T2I = Sample("t2i", (ASK, Turn("assistant", (SampleImage(PIXELS, "target"),))))
+VQA = Sample(
+    "vqa",
+    (
+        Turn("user", (SampleImage(PIXELS, "input"), SampleText("What?"))),
+        Turn("assistant", (SampleText("a star", True),)),
+    ),
+)
+MOVING = SampleClip(np.zeros((8, 64, 64, 3), np.uint8), "target", fps=8)
+T2V = Sample("t2v", (ASK, Turn("assistant", (MOVING,))))
+TUBES = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=ABLE)
+TRAINED: dict[str, tuple[ModelConfig, Sequence[Sample]]] = {
+    "images": (TINY, (T2I, VQA)),
+    "clips": (TUBES, (T2I, VQA, T2V)),
+    "sparse": (KINDS["sparse"][0], (T2I, VQA)),
+    "pixel": (KINDS["pixel"][0], (T2I, VQA)),
+    "linear": (pixelumm.CONFIG.replace(template=TINY.template), (T2I, VQA, T2V)),
+    "frame by frame": (KINDS["frame by frame"][0], (T2V,)),
+}
+"""Models and the samples of a training step."""
+randn = torch.randn
 CODES = ("generate", "edit", "chat", "batch")
 """Tasks of a model of codes."""
+WITH_FLOAT8 = (Abilities(type="cuda", capability=(9, 0)), Abilities(type="xpu", float64=False))
 COMPOSITE = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
@@ -64,11 +137,14 @@ def meta_model(dtype: torch.dtype, config: ModelConfig = TINY) -> NeoUnify:
 
 
 def walked(
-    task: Callable[[neounify.Pipeline], object], model: NeoUnify, monkeypatch: pytest.MonkeyPatch
+    task: Callable[[neounify.Pipeline], object],
+    model: NeoUnify,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: Tokenizer | None = None,
 ) -> OtherDevice:
     """The device after a task on it."""
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    pipe = neounify.Pipeline(model, byte_tokenizer())
+    pipe = neounify.Pipeline(model, tokenizer or byte_tokenizer())
     with OtherDevice() as device:
         task(pipe)
     return device
@@ -116,10 +192,27 @@ def test_no_task_needs_float64_or_an_operator_that_mps_lacks(
 
 @pytest.mark.parametrize("task", CLIPS)
 def test_no_clip_needs_more(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    able = (*TINY.capabilities, "generate_video", "continue_video")
-    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
-    model = meta_model(torch.bfloat16, config)
+    model = meta_model(torch.bfloat16, TUBES)
     check_mps(walked(CLIPS[task], model, monkeypatch), {torch.bfloat16})
+
+
+def even_slices(rows: torch.Tensor, ends: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Slices of experts where no value says how many rows each has."""
+    ends.tolist()
+    return rows.tensor_split(len(ends))
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [(kind, task) for kind, (_, tasks) in KINDS.items() for task in tasks]
+)
+def test_no_kind_of_model_needs_more(
+    kind: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_slices", even_slices)
+    config, tasks = KINDS[kind]
+    tokenizer = pixelumm.vision_tokenizer(tmp_path) if kind == "pixelumm" else None
+    model = meta_model(torch.bfloat16, config)
+    check_mps(walked(tasks[task], model, monkeypatch, tokenizer), {torch.bfloat16})
 
 
 @pytest.mark.parametrize("task", CODES)
@@ -130,6 +223,72 @@ def test_no_model_of_codes_needs_more_than_int8(task: str, monkeypatch: pytest.M
     device = walked(TASKS[task], model, monkeypatch)
     check_mps(device, {torch.bfloat16, torch.int8})
     assert any(torch.int8 in dtypes for dtypes in device.operators.values())
+
+
+@pytest.mark.parametrize("task", ["generate", "chat"])
+@pytest.mark.parametrize("preset", ["fp8", "w4"])
+@pytest.mark.parametrize("here", WITH_FLOAT8, ids=lambda here: here.type)
+def test_no_model_of_codes_with_float8_needs_float64(
+    here: Abilities, preset: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "has_kitchen", lambda: False)
+    with pretending(here):
+        model = with_codes(meta_model(torch.bfloat16), preset, torch.device(here.type))
+    hadamard.cache_clear()
+    device = walked(TASKS[task], model, monkeypatch)
+    used = {dtype for some in device.operators.values() for dtype in some}
+    assert torch.float8_e4m3fn in used
+    assert torch.float64 not in used
+    if here.type == "cuda":  # torch's list has few of the kernels of xpu
+        assert [name for name in device.operators if not has_kernel(name, "CUDA")] == []
+
+
+def trained(model: NeoUnify, samples: Sequence[Sample], optimizer: OptimizerConfig) -> OtherDevice:
+    """The device after a training step on it, with its mean of weights and its report."""
+    encoder = Encoder(config=model.config, tokenizer=byte_tokenizer())
+    pack = make_pack([encoder(sample, np.random.default_rng(0)) for sample in samples])
+    counts, draws, plan = Counts.of([pack]), HostGenerator(), ExecutionPlan()
+    with OtherDevice() as device:
+        metrics, log = Metrics("meta"), Metrics("meta")
+        with computing_in(model, torch.bfloat16):
+            loss = loss_of(model, pack, LossConfig(), counts, draws, metrics, plan)
+        loss.backward()
+        parameters = dict(model.named_parameters())
+        _, _, taken = take_step([OptimizerSet(parameters, optimizer)])
+        assert taken
+        Ema(model, 0.99).update()
+        log.merge(metrics)
+        assert log.report() == {}  # what comes from the device is zero here
+    return device
+
+
+class HostGenerator(torch.Generator):
+    """Of the meta device, which has none: draws come from the host's."""
+
+    device = torch.device("meta")
+
+
+def drawn_on_host(*size: Any, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """`torch.randn` for such a generator."""
+    return randn(*size, generator=generator).to(device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [*((kind, "adamw") for kind in TRAINED), ("images", "muon")]
+)
+def test_no_training_step_needs_float64(
+    kind: str, optimizer: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, samples = TRAINED[kind]
+    model = meta_model(torch.float32, config).requires_grad_(True).train()
+    monkeypatch.setattr(stream, "_slices", even_slices)
+    monkeypatch.setattr(torch, "randn", drawn_on_host)
+    # mps has the fused step, by this very check; meta does not pass it.
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda parameter: None)
+    with pretending(Abilities(type="mps", float64=False)):
+        device = trained(model, samples, OptimizerConfig(name=optimizer))
+    check_mps(device, {torch.bfloat16, torch.uint8})
+    assert "aten.index_add_.default" in device.operators
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from neounify.config import VideoConfig
 from neounify.config.presets import TINY
 from neounify.data.draws import FrameTargets, GuidanceDropout
 from neounify.data.encode import Encoded, Encoder
-from neounify.data.sample import Sample, SampleClip, SampleText
+from neounify.data.sample import DataError, Sample, SampleClip, SampleText
 from neounify.errors import ConfigError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
@@ -23,8 +24,9 @@ from neounify.model.layout import Image, Noise, Text
 from neounify.motion.world import motion_config
 from neounify.motion.world.samples import MotionDataset
 from neounify.pipeline import ImageProgress
-from neounify.tasks.frames import frame_prompt
+from neounify.tasks.frames import frame_prompt, image_program
 from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import ClipFrames, FramesFinished
 from neounify.tasks.video import after_clip, clip_shape
 from neounify.text import byte_tokenizer
 from neounify.text.clips import frame_order, time_stamp
@@ -40,7 +42,8 @@ def clips() -> neounify.Pipeline:
     able = (*TINY.capabilities, "generate_video", "continue_video")
     video = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
     config = TINY.replace(video=video, capabilities=able)
-    return neounify.Pipeline(NeoUnify(config).eval(), byte_tokenizer())
+    model = NeoUnify(config).eval()
+    return neounify.Pipeline(model, byte_tokenizer(), system_message="You make clips.")
 
 
 def frames_of(result: neounify.ImageResult) -> Tensor:
@@ -119,12 +122,16 @@ def test_thoughts_are_refused(clips: neounify.Pipeline) -> None:
 def test_frames_must_be_images() -> None:
     with pytest.raises(ConfigError, match="image_weights must be true"):
         VideoConfig(frame_by_frame=True)
+    video = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
+    with pytest.raises(ConfigError, match="prompts of the form 'neo', not 'pixelumm'"):
+        TINY.replace(video=video, template="pixelumm")
 
 
 def encoded(clips: neounify.Pipeline, sample: Sample, **settings: Any) -> Encoded:
     encode = Encoder(
         config=clips.config,
         tokenizer=clips.tokenizer,
+        system_message=clips.processor.system_message,
         **{"dropout": GuidanceDropout(text=0.0, all=0.0), **settings},
     )
     return encode(sample, np.random.default_rng(0))
@@ -187,10 +194,38 @@ def test_some_frames_are_targets_and_those_before_them_are_seen(
     (clip,) = (p for p in sample.turns[1].parts if isinstance(p, SampleClip))
     for image, place in zip(document.targets, places, strict=True):
         assert (image == clip.pixels()[place]).all()
-    alone = encoded(
-        clips, sample, frame_targets=targets, dropout=GuidanceDropout(text=0.0, all=1.0)
-    )
-    assert [type(span) for span in alone.document.spans] == [Text] + [Noise] * len(places)
+    for dropout in (GuidanceDropout(text=0.0, all=1.0), GuidanceDropout(text=1.0, all=0.0)):
+        alone = encoded(clips, sample, frame_targets=targets, dropout=dropout)
+        assert [type(span) for span in alone.document.spans] == [Text] + [Noise] * len(places)
+        unconditional = clips.processor.unconditional_prompt("").ids([], context_id=-1)
+        assert list(alone.ids) == unconditional
+
+
+def test_a_clip_ends_its_sample(clips: neounify.Pipeline) -> None:
+    sample = MotionDataset(1, motion_config("easy"), {"t2v": 1}, tubes=False)[0]
+    with pytest.raises(DataError, match="a clip to generate ends its sample"):
+        encoded(clips, replace(sample, task="interleave"))
+
+
+def test_shares_of_frames_need_a_model_that_generates_them_one_by_one() -> None:
+    with pytest.raises(DataError, match="frame_targets is for models that generate clips frame by"):
+        Encoder(config=TINY, tokenizer=byte_tokenizer(), frame_targets=FrameTargets(last=1.0))
+
+
+def test_frames_are_reported_as_they_are_made(clips: neounify.Pipeline) -> None:
+    sampling = ImageSampling(steps=2).resolve(clips.config, editing=False, video=True)
+    request = ImageRequest(prompt="x", width=64, height=64, frames=4, fps=8, sampling=sampling)
+    driver = clips._driver(None)
+    program = image_program(clips.processor, request, {}, 0)
+    events = [event for batch in driver.run([program]) for _, event in batch]
+    frames = [event for event in events if isinstance(event, FramesFinished)]
+    assert [event.first for event in frames] == frame_order(4)
+    clip = ClipFrames(4)
+    for event in frames:
+        clip.put(event)
+    assert frames[-1].evaluations == 4 * frames[0].evaluations
+    whole = frames_of(clips.generate("x", frames=4, width=64, height=64, steps=2, fps=8))
+    assert (clip.whole().int() - whole[0]).abs().max() <= 1
 
 
 def test_shares_of_targets_are_drawn_as_they_are_given() -> None:

@@ -196,6 +196,37 @@ def test_clips_are_planned_by_their_tubes() -> None:
     assert apart == n * row + state + 4 * 3072 * n + 2 * 256 * kv
 
 
+def test_clips_frame_by_frame_are_planned_as_an_image_behind_all_other_frames() -> None:
+    video = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
+    config = U1_8B.replace(video=video, capabilities=(*U1_8B.capabilities, "generate_video"))
+    clip = Task(kind="t2v", width=832, height=480, frames=96)
+    image = replace(clip, kind="t2i", frames=0)
+    n, kv = 390, config.kv_bytes(2)
+    assert clip.tokens(config) == image.tokens(config) == n
+    # Finished frames are in the conditional branch alone, each with its time and marks.
+    seen = 95 * (n + 8)
+    planned = working_bytes(config, clip, 2)
+    whole = working_bytes(config.replace(video=replace(video, frame_by_frame=False)), clip, 2)
+    alone = working_bytes(config, replace(image, copied_tokens=0), 2)
+    assert planned["gen"] - alone["gen"] == seen * kv
+    assert planned["gen"] < 0.6 * whole["gen"]
+    rows = (n + 8) * memory_plan.row_bytes(config, "und", 2)
+    assert (
+        planned["und"]
+        == max(512 * memory_plan.row_bytes(config, "und", 2), rows) + (2 * 256 + seen) * kv
+    )
+    # One frame has none before it; what a chat looks at is not generated.
+    assert working_bytes(config, replace(clip, frames=1), 2) == working_bytes(config, image, 2)
+    assert replace(clip, kind="chat").seen(config) == 0
+    # Small frames have their prefixes copied with those before them.
+    small = Task(kind="t2v", width=64, height=64, frames=3, prompt=20)
+    copied = 2 * (4 + 20) + 2 * 12
+    less = working_bytes(config, replace(small, copied_tokens=0), 2)["gen"]
+    assert working_bytes(config, small, 2)["gen"] - less == copied * kv
+    default = replace(config.sampling, image_size=(64, 64))
+    assert memory_plan.default_task(config.replace(sampling=default)).kind == "t2v"
+
+
 def test_questions_about_clips_are_planned_by_frames_and_tubes() -> None:
     frames = clip_question(PIXELUMM_8B, 96, None)
     assert (frames.references, frames.reference_tokens) == (96, 448**2 // 256)

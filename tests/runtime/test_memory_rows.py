@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neounify.config import VideoConfig
 from neounify.config.presets import PIXELUMM_8B, U1_8B, U1_A3B
 from neounify.runtime import memory_plan, memory_rows
 from neounify.runtime.memory_plan import Mode, Task, weight_bytes, working_bytes
@@ -273,6 +274,32 @@ def test_a_process_of_one_stream_is_planned_by_that_stream() -> None:
         result = memory_rows.plan_row(U1_8B, form("bf16"), alone, RTX_4090, "stream", {})
         weights = form("bf16").weights
         assert result.peak == memory_plan.peak_bytes(weights, "stream", {stream: both[stream]})
+
+
+def test_clips_frame_by_frame_take_the_time_of_their_frames() -> None:
+    video = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
+    config = U1_8B.replace(video=video, capabilities=(*U1_8B.capabilities, "generate_video"))
+    clip = Task(kind="t2v", width=512, height=512, frames=9)
+    image, n = replace(clip, kind="t2i", frames=0), 256
+    wide = config.num_heads * config.head_dim * config.num_layers
+    # A frame sees on average four of the eight others, in one branch.
+    more = memory_rows.step_operations(config, clip) - memory_rows.step_operations(config, image)
+    assert more == pytest.approx(4.0 * n * 4 * (n + 8) * wide)
+    rows = 2.0 * memory_rows.passed_parameters(config, "und") * 8 * (n + 8)
+    read = memory_rows.prefill_operations(config, clip) - memory_rows.prefill_operations(
+        config, image
+    )
+    assert read == pytest.approx(rows + 2.0 * 8 * (n + 8) * (2 * 256 + 8 * (n + 8)) * wide)
+
+    def planned(task: Task, mode: Mode, machine: Machine) -> memory_rows.PlanRow:
+        return memory_rows.plan_row(config, form("bf16"), task, machine, mode, {})
+
+    # Bound by what moves: every frame has its steps, and changes or reads the streams anew.
+    for mode, device in (("layers", 24 * GIB), ("stream", 48 * GIB)):
+        slow = Machine(device=device, host=128 * GIB, rates=replace(CARDS["H100"][1], copies=1e9))
+        frames, one = (planned(task, mode, slow) for task in (clip, image))  # type: ignore[arg-type]
+        assert frames.step == pytest.approx(one.step, rel=0.05)
+        assert frames.image == pytest.approx(9 * one.image, rel=0.02)  # type: ignore[operator]
 
 
 def test_a_card_is_guessed_by_its_memory() -> None:

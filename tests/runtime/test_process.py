@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from neounify.runtime import process
 
@@ -32,6 +33,21 @@ def test_kept_memory_needs_no_new_pages() -> None:
     faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     # Without the setting nearly all of them; some where the system takes idle ones back.
     assert int(faults) < 0.1 * PAGES
+
+
+def test_the_memory_of_the_process_is_that_before_its_first_model() -> None:
+    """Asked for a second time, with tensors that came later, it is the same."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc/self/statm")
+    process.own_memory.cache_clear()
+    before = process.own_memory()
+    assert 0 < before.private < before.resident
+    later = torch.ones(2**26)
+    assert process.own_memory() == before
+    process.own_memory.cache_clear()
+    after = process.own_memory()
+    assert after.private - before.private == pytest.approx(4 * len(later), rel=0.2)
+    process.own_memory.cache_clear()
 
 
 def test_the_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ import torch
 from neounify.errors import RequestError
 from neounify.runtime.devices import Abilities
 from neounify.runtime.plan import free_memory
+from neounify.runtime.process import OwnMemory
 from neounify.runtime.rates import (
     CARDS,
     DEVICE_NAMES,
+    FIRST_USE,
     PROBE_BYTES,
     UNKNOWN,
     Rates,
@@ -30,6 +32,8 @@ MEASURED = Rates(name="measured", products=1e12, copies=1e10, memory=1e11)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("plan", "rates"):
         monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: HOST)
+    process = OwnMemory(resident=3 * 2**28, private=2**28)
+    monkeypatch.setattr("neounify.runtime.rates.own_memory", lambda: process)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
@@ -42,6 +46,7 @@ def test_memory_of_another_model_is_not_free(kind: str, monkeypatch: pytest.Monk
         machine = this_machine(torch.device(kind), UNKNOWN)
         assert machine.device == free_memory(torch.device(kind)) == 6e9
     assert machine.host == HOST
+    assert machine.process is None
     assert not machine.unified
     assert machine.by_layers is (kind == "cuda")
 
@@ -51,8 +56,10 @@ def test_cpu_and_mps_have_the_memory_of_the_host() -> None:
         with pretending(Abilities(type=kind)):
             machine = this_machine(torch.device(kind), UNKNOWN)
             named = this_machine(torch.device(kind), UNKNOWN, 2**30)
-        assert (machine.device, machine.host, machine.unified) == (HOST, HOST, True)
+        # What the process takes for itself is not free, and there for the model.
+        assert (machine.device, machine.host, machine.unified) == (HOST + 2**28, HOST, True)
         assert (named.device, named.host) == (2**30, 2**30)
+        assert (machine.process, named.process) == (3 * 2**28 + FIRST_USE, None)
         assert machine.by_layers is (kind == "cpu")
 
 

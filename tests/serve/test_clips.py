@@ -36,25 +36,44 @@ from support.pixelumm import saved
 from support.serving import serve
 
 
-@pytest.fixture(scope="module")
-def clips() -> neounify.Pipeline:
+def tiny(video: VideoConfig) -> neounify.Pipeline:
     torch.manual_seed(0)
     able = (*TINY.capabilities, "generate_video")
-    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
+    config = TINY.replace(video=video, capabilities=able)
     return neounify.Pipeline(NeoUnify(config).eval().requires_grad_(False), byte_tokenizer())
 
 
+@pytest.fixture(scope="module")
+def clips() -> neounify.Pipeline:
+    return tiny(VideoConfig(tube_frames=4, und=True))
+
+
+@pytest.fixture(scope="module")
+def by_frame() -> neounify.Pipeline:
+    return tiny(VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True))
+
+
 @pytest.mark.parametrize("mode", ["colocated", "separate"])
+@pytest.mark.parametrize(
+    ("model", "frames", "places"), [("clips", 8, [0, 4]), ("by_frame", 4, [0, 3, 1, 2])]
+)
 def test_a_clip_is_that_of_the_pipeline(
-    clips: neounify.Pipeline, mode: str, tmp_path: Path
+    model: str,
+    frames: int,
+    places: list[int],
+    mode: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Its events are tubes in turn, or one frame each in order of generation."""
+    clips: neounify.Pipeline = request.getfixturevalue(model)
     sampling = ImageSampling(steps=3).resolve(clips.config, editing=False, video=True)
-    request = ImageRequest(
-        prompt="a star", width=64, height=32, frames=8, fps=16.0, sampling=sampling, count=2
+    asked = ImageRequest(
+        prompt="a star", width=64, height=32, frames=frames, fps=16.0, sampling=sampling, count=2
     )
 
     async def work(service: EngineService) -> list[object]:
-        return [event async for event in service.answer(request)]
+        return [event async for event in service.answer(asked)]
 
     if mode == "colocated":
         service = colocated(clips)
@@ -62,14 +81,15 @@ def test_a_clip_is_that_of_the_pipeline(
         clips.save(tmp_path / "model")
         service = build_service(ServeConfig(folder=tmp_path / "model", mode="separate"))
     events = serve(service, work)
-    wanted = clips.generate_requests([request]).videos
+    wanted = clips.generate_requests([asked]).videos
     for index in (0, 1):
         parts = [e for e in events if isinstance(e, FramesFinished) and e.index == index]
-        assert [part.first for part in parts] == [0, 4]
-        assert [part.is_last for part in parts] == [False, True]
-        frames = torch.cat([part.frames for part in parts])
-        assert (frames.int() - wanted[index].frames.int()).abs().max() <= 1
-        assert parts[-1].usage.image_tokens == 4
+        assert [part.first for part in parts] == places
+        for part in parts:
+            there = wanted[index].frames[part.first : part.first + frames // len(places)]
+            assert part.frames.shape == there.shape
+            assert (part.frames.int() - there.int()).abs().max() <= 1
+        assert parts[-1].usage.image_tokens == 2 * len(places)
     previews = [event for event in events if isinstance(event, Preview)]
     assert {tuple(preview.pixels.shape) for preview in previews} <= {(3, 32, 64)}
 
@@ -83,6 +103,23 @@ def test_every_token_of_a_clip_counts_against_the_limit(clips: neounify.Pipeline
             service.check_together([request])
 
     serve(colocated(clips, admission=AdmissionConfig(image_tokens=3)), work)
+
+
+def test_of_a_clip_frame_by_frame_one_frame_counts(by_frame: neounify.Pipeline) -> None:
+    """Of several clips too, which are made one after the other."""
+    sampling = ImageSampling(steps=2).resolve(by_frame.config, editing=False, video=True)
+    clip: Any = {"prompt": "x", "width": 64, "height": 32, "fps": 8, "sampling": sampling}
+    request = ImageRequest(**clip, frames=4, count=2)
+
+    def limited(tokens: int) -> None:
+        async def work(service: EngineService) -> None:
+            service.check_together([request])
+
+        serve(colocated(by_frame, admission=AdmissionConfig(image_tokens=tokens)), work)
+
+    limited(2)
+    with pytest.raises(RequestError, match="have 2 tokens, this server generates at most 1"):
+        limited(1)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from neounify.checkpoint.sizes import kept_weights
 from neounify.errors import CheckpointError, MemoryPlanError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.runtime.memory_plan import default_task, peak_bytes, working_bytes
+from neounify.runtime.process import OwnMemory
 from neounify.serve.build import Mode, ServeConfig, build_service
 from neounify.serve.memory import SMALL, EngineMemory, _is_small, cached_tokens
 from neounify.tasks.chat import make_chat_request
@@ -79,6 +80,7 @@ def test_adapters_beside_codes_count(
     save_file(lora_tensors(pipe.config, targets, rank=8192), file)
     checkpoint = CheckpointFolder.open(folder)
     kept = kept_weights(checkpoint, torch.float32, quantise="int8")
+    monkeypatch.setattr("neounify.runtime.rates.own_memory", lambda: OwnMemory(0, 0))
     working = working_bytes(pipe.config, default_task(pipe.config), 4)
     enough = peak_bytes(kept.weights, "all", working, unified=True) + 1
     for module in ("rates", "plan"):

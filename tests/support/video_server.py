@@ -14,12 +14,14 @@ from neounify.config.presets import TINY
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import Finished, FramesFinished, Preview
+from neounify.text.clips import frame_order
 from support.scripted_service import Scripted
 
 ABLE = TINY.replace(
     video=VideoConfig(tube_frames=4), capabilities=(*TINY.capabilities, "generate_video")
 )
 CONTINUES = ABLE.replace(capabilities=(*ABLE.capabilities, "continue_video"))
+BY_FRAME = ABLE.replace(video=VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True))
 SMALL = {"size": "64x32", "seconds": 1, "fps": 8, "seed": 3, "steps": 2}
 SLOW = 60.0
 
@@ -35,6 +37,16 @@ def clip(request: ServiceRequest, previews: int) -> Iterable[Any]:
         shape = 4, request.height, request.width, 3
         frames = torch.full(shape, request.seed * 20, dtype=torch.uint8)
         yield FramesFinished(0, first, request.frames, frames, usage, 4.0)
+    yield usage
+
+
+def clip_by_frame(request: ServiceRequest, previews: int) -> Iterable[Any]:
+    """One frame at a time, the ends first, each of the grey 30 times its place."""
+    assert isinstance(request, ImageRequest)
+    usage = Finished("stop", 20, 0, 0, 16)
+    for number, place in enumerate(frame_order(request.frames), 1):
+        frame = torch.full((1, request.height, request.width, 3), 30 * place, dtype=torch.uint8)
+        yield FramesFinished(0, place, request.frames, frame, usage, float(number))
     yield usage
 
 

@@ -28,6 +28,7 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
         "head_dim": 16,
         "flow_head_width": 32,
     }
+    changes |= stage.pop("changes", {})
     preset = stage.pop("preset", "scenes")
     recipe = recipe_from_table(
         {
@@ -158,8 +159,22 @@ def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
     assert "tokens_per_pack 3" in by_name["data SceneDataset"].what
 
 
-def test_a_clip_is_generated_where_no_image_is(tmp_path: Path) -> None:
+FRAMES = {
+    "capabilities": ["generate", "generate_video"],
+    "video": {"tube_frames": 1, "image_weights": True, "frame_by_frame": True},
+}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"preset": "motion"},
+        {"changes": FRAMES, "method": {"frame_targets": {"all": 0.0, "last": 1.0}}},
+    ],
+    ids=["whole", "frame by frame"],
+)
+def test_a_clip_is_generated_where_no_image_is(tmp_path: Path, stage: dict[str, Any]) -> None:
     clips = [{"kind": "motion", "world": "easy", "tasks": {"t2v": 1}}]
-    by_name = findings(*case(tmp_path, preset="motion", data=clips), steps=3)
+    by_name = findings(*case(tmp_path, data=clips, **stage), steps=3)
     assert "the overfitted prompt gives its target at" in by_name["generation"].what
     assert by_name["generation"].good is None  # three steps overfit nothing

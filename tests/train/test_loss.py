@@ -19,11 +19,13 @@ from neounify.flow.path import noise_scale
 from neounify.image.pixels import patchify
 from neounify.model.parts import GEN
 from neounify.runtime import plan
+from neounify.runtime.devices import Abilities
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
 from neounify.train.setup import checkpoint_layers, freeze
 from neounify.train.weights import new_model
+from support.device_abilities import pretending
 from support.models import batch_of
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
@@ -188,6 +190,25 @@ def test_metrics_are_means_by_task_and_time() -> None:
     assert {n[7:10] for n in report if n.startswith("image/t0")} == bins
     assert 0 <= report["text/accuracy"] <= 1
     assert report["text/vqa/loss"] > 0
+
+
+def test_reports_of_a_device_without_float64_are_the_same() -> None:
+    reports = []
+    for exact in (True, False):
+        draws = generator()
+        with pretending(Abilities(type="cpu", float64=exact)):
+            metrics = Metrics()
+            for _ in range(200):
+                step = Metrics()
+                tasks, t = torch.arange(3), torch.rand(3, generator=draws)
+                owners = tasks.repeat_interleave(300)
+                losses, clean = torch.rand(2, 900, generator=draws) * 5
+                step.add_text(tasks, losses[:3], losses[:3] > 2)
+                step.add_image(tasks, t, owners, losses, clean)
+                metrics.merge(step)
+        assert metrics.image.dtype == (torch.float64 if exact else torch.float32)
+        reports.append(metrics.report())
+    assert reports[1] == pytest.approx(reports[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["und", "gen"])

@@ -1,6 +1,9 @@
 """Clips: frames, rates, encoding, metadata."""
 
 import io
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from neounify.errors import VideoError
 from neounify.image.clips import frame_levels
 from neounify.provenance.metadata import read_provenance
 from neounify.video.boxes import find_xmp, xmp_box
-from neounify.video.clip import Video, encode_video, read_fps
+from neounify.video.clip import Video, encode_video, read_fps, video_bytes
 
 
 def moving_square(frames: int, height: int, width: int) -> torch.Tensor:
@@ -120,3 +123,17 @@ def test_frames_of_several_sizes_and_none_are_refused(tmp_path: Path) -> None:
         encode_video(frames, Fraction(8), tmp_path / "clip.mp4")
     with pytest.raises(VideoError, match="at least one frame, got none"):
         encode_video([], Fraction(8), tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_encoding_ends_with_an_error_of_the_frames(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frames() -> Iterator[np.ndarray]:
+        yield from moving_square(count, 32, 48).numpy()
+        raise CancelledError
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(CancelledError):
+        video_bytes(frames(), Fraction(8))
+    assert not list(tmp_path.iterdir())

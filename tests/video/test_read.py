@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from neounify.errors import VideoError
-from neounify.video import decode, read
+from neounify.video import decode
 from neounify.video.choice import FrameChoice
-from neounify.video.decode import MeteredFile, VideoLimits, decode_frames
+from neounify.video.decode import VideoLimits, decode_frames
 from neounify.video.read import read_video
 from support.clips import clip_bytes, numbered, numbers_of, of_streams
 
@@ -297,18 +297,6 @@ def test_a_table_that_promises_a_billion_frames_takes_no_memory() -> None:
     with pytest.raises(VideoError):
         read_video(bytes(data), limits=VideoLimits(memory=2**30, seconds=20))
     assert time.monotonic() - started < 30
-
-
-def test_a_clip_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "_START_SECONDS", -0.99)
-    with pytest.raises(VideoError, match="takes more than 1 seconds to decode"):
-        read_video(clip_bytes(numbered(2)), limits=VideoLimits(seconds=1))
-
-
-def test_reading_a_file_ends_at_its_time() -> None:
-    file = MeteredFile(io.BytesIO(b"content"), seconds=0)
-    with pytest.raises(VideoError, match="takes too long to read"):
-        file.read(1)
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:

@@ -37,19 +37,19 @@ class PaddedAttention:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._groups: dict[StreamName, list[_Group]] = {}
         self._places: dict[StreamName, Tensor] = {}
-        rows = {name: layout[name].ranges[-1][1] for name in STREAMS}
-        firsts = dict(zip(STREAMS, np.cumsum([0, *rows.values()]).tolist(), strict=False))
         for name in STREAMS:
-            parts = list(_parts(layout, name, firsts[name]))
-            sizes = [(len(part.queries), len(part.keys)) for part in parts]
-            places, size, groups = np.zeros(rows[name], dtype=np.int64), 0, []
-            for numbers in by_size(sizes):
-                group = [parts[number] for number in numbers]
-                n, m = (max(sizes[number][side] for number in numbers) for side in (0, 1))
-                for row, part in enumerate(group):
-                    places[part.queries] = size + row * n + np.arange(len(part.queries))
-                size += len(group) * n
-                groups.append(_Group.of(group, n, m, rows[name], firsts[name] + rows[name], device))
+            rows = layout[name].length
+            first = 0 if STREAMS[name].context else layout[UND].length
+            parts = list(_parts(layout, name, first))
+            places, size, groups = np.zeros(rows, dtype=np.int64), 0, []
+            for numbers in by_size([part.mask.shape for part in parts]):
+                group = _Group.of([parts[number] for number in numbers], rows, first + rows, device)
+                width = group.mask.shape[2]
+                for row, number in enumerate(numbers):
+                    queries = parts[number].queries
+                    places[queries] = size + row * width + np.arange(len(queries))
+                size += len(numbers) * width
+                groups.append(group)
             self._groups[name] = groups
             with torch.inference_mode(False):
                 self._places[name] = to_device(places, device)
@@ -61,8 +61,10 @@ class PaddedAttention:
         ranges = zip(*(layout[name].ranges for name in STREAMS), strict=True)
         lengths = [sum(stop - start for start, stop in document) for document in ranges]
         blocks = sum(len(layout[name].blocks) for name in STREAMS)
-        most = MAX_SHORT_DOCUMENT if sum(lengths) < SHORT_BLOCK * blocks else MAX_DOCUMENT
-        if len(lengths) < 2 or max(lengths) > most:
+        short = sum(lengths) < SHORT_BLOCK * blocks
+        few = (blocks if short else len(lengths)) < 2
+        most = MAX_SHORT_DOCUMENT if short else MAX_DOCUMENT
+        if few or max(lengths) > most:
             return None
         return cls(layout, device)
 
@@ -72,8 +74,10 @@ class PaddedAttention:
         return {name: self._attend(name, streams) for name in streams}
 
     def _attend(self, name: StreamName, streams: Mapping[StreamName, Projected]) -> Tensor:
-        context = STREAMS[name].context
-        seen = [x for other, x in streams.items() if other == name or not context]
+        if not self._groups[name]:
+            return streams[name].q
+        both = [name] if STREAMS[name].context else [UND, name]
+        seen = [streams[other] for other in both if other in streams]
         q, k, v = (
             torch.cat([*tensors, tensors[0].new_zeros(1, *tensors[0].shape[1:])])
             for tensors in ([streams[name].q], [x.k for x in seen], [x.v for x in seen])
@@ -96,7 +100,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Parts side by side, each with `n` queries and `m` keys; the places left are of a zero row.
+    """Parts side by side, filled up to the most queries and keys with rows of zeros.
 
     Places without a query see their first key, so that no row of the softmax is empty.
     """
@@ -109,12 +113,12 @@ class _Group:
     def of(
         cls,
         parts: Sequence[_Part],
-        n: int,
-        m: int,
         empty_query: int,
         empty_key: int,
         device: torch.device,
     ) -> _Group:
+        """The parts with `empty_query` and `empty_key` as the rows of zeros."""
+        n, m = (max(part.mask.shape[side] for part in parts) for side in (0, 1))
         queries = np.full((len(parts), n), empty_query)
         keys = np.full((len(parts), m), empty_key)
         mask = np.zeros((len(parts), 1, n, m), dtype=bool)
@@ -184,20 +188,12 @@ def _mark(
         rows[:, : block.visible] = True
 
 
-def by_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Numbers of sizes in groups, large ones first; each side at least half of its first one's."""
-    groups: list[list[int]] = []
-    order = sorted(range(len(sizes)), key=lambda number: (sizes[number][::-1], -number))
-    for number in reversed(order):
-        largest = sizes[groups[-1][0]] if groups else (0, 0)
-        alike = all(
-            size <= 2 * other and other <= 2 * size
-            for size, other in zip(sizes[number], largest, strict=True)
-        )
-        if not alike:
-            groups.append([])
-        groups[-1].append(number)
-    return groups
+def by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Numbers of sizes in groups; of no side is one twice as large as another of its group."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, size in enumerate(sizes):
+        groups.setdefault(tuple(side.bit_length() for side in size), []).append(number)
+    return list(groups.values())
 
 
 def masked_attention(

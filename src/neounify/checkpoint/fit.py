@@ -42,7 +42,7 @@ from neounify.runtime.memory_rows import (
     plan_row,
 )
 from neounify.runtime.plan import ExecutionPlan
-from neounify.runtime.rates import UNKNOWN, Machine, this_machine
+from neounify.runtime.rates import UNKNOWN, Machine, process_bytes, this_machine
 
 log = logging.getLogger("neounify")
 GB = 1e9
@@ -100,7 +100,7 @@ def fit_two(
     for mode in machine_modes(machine):
         try:
             first = chosen(0, {mode: _Room(machine, mode)}, 0)
-            left = replace(machine, device=machine.device - (first.peak or 0))
+            left = replace(machine, device=machine.device - (first.peak or 0), process=0)
             beside = {m: _Room(left, m, " beside the first") for m in machine_modes(left)}
             return first, chosen(1, beside, None)
         except MemoryPlanError as error:
@@ -366,6 +366,7 @@ def peaks(
         working_bytes(model.config, task, itemsize, plan.prefill_rows, plan.branch_rows),
         resident,
         unified=abilities(model.device).unified,
+        process=process_bytes(),
     )
     what = f"a video of {task.frames} frames of" if task.frames else "an image of"
     return (

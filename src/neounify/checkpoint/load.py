@@ -31,7 +31,7 @@ from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
 from neounify.runtime.memory_rows import Fitted, Kept
 from neounify.runtime.plan import free_memory
-from neounify.runtime.process import return_freed_memory
+from neounify.runtime.process import own_memory, return_freed_memory
 
 Memory: TypeAlias = Literal["auto", "all", "stream", "layers"]
 PlanUse: TypeAlias = Literal["check", "ignore"]
@@ -254,6 +254,7 @@ def _fitted(
 
     No plan is made where memory is far from full, or everything is to be tried.
     """
+    own_memory()  # measured before weights are there
     if memory in ("auto", "all"):
         free = free_memory(device)
         plenty = free is None or PLENTY * bytes_in(checkpoint, dtype) + SPARE_BYTES < free

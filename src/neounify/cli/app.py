@@ -49,8 +49,9 @@ _HELP = """\
 One model that understands and generates text and images.
 
 The commands use the bundled model, trained on a synthetic world of flat shapes, or the \
-SenseNova-U1 checkpoint named by --model or by the environment variable NEOUNIFY_MODEL: a folder \
-with config.json, *.safetensors and tokenizer files.
+SenseNova-U1 or PixelUMM checkpoint named by --model or by the environment variable \
+NEOUNIFY_MODEL: a folder with config.json, *.safetensors and tokenizer files, or one with \
+*.safetensors alone, whose other files --config names.
 
 \b
   neounify generate "a red circle left of a blue star"

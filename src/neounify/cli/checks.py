@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
+import torch
 
 from neounify.attention import check_backend
 from neounify.checkpoint.dtypes import choose_dtype
@@ -33,11 +34,13 @@ from neounify.config import ModelConfig, TextSampling
 from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.image.pixels import output_size, size_advice
+from neounify.pipeline.loading import load_processor
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.clips import Frames
-from neounify.tasks.image import ImageRequest
+from neounify.tasks.image import ImageRequest, check_prompts, check_trained
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.video import OutputShape, clip_shape
+from neounify.tasks.program import Processor
+from neounify.tasks.video import OutputShape, after_clip, clip_shape
 from neounify.text.forms import Template
 from neounify.text.template import Message, place_images
 
@@ -68,6 +71,14 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     check_backend_used(checkpoint, options.quantise, options.backend)
     check_loras(options.lora)
     return checkpoint
+
+
+def open_processor(options: ModelOptions) -> Processor:
+    """What prepares the prompts of a model, without its weights, after `check_model`.
+
+    Raises TokenizerError besides.
+    """
+    return load_processor(check_model(options), torch.float32)
 
 
 def check_device(name: str | None) -> None:
@@ -121,7 +132,7 @@ def check_prompt(prompt: str, images: int) -> None:
 def check_image_request(
     prompt: str,
     options: GenerateOptions,
-    config: ModelConfig,
+    processor: Processor,
     images: InputImages = (),
     condition: InputImages = (),
 ) -> None:
@@ -130,9 +141,11 @@ def check_image_request(
         raise RequestError("edit needs at least one image; generate needs none")
     check_prompt(prompt, len(images))
     values = options.arguments()
+    config = processor.config
     shape = output_shape(options, config, images, condition)
-    ImageRequest(
-        prompt=prompt,
+    request = ImageRequest(
+        prompt=after_clip(shape.condition, prompt),
+        condition=shape.condition,
         width=shape.width,
         height=shape.height,
         frames=shape.frames,
@@ -144,6 +157,8 @@ def check_image_request(
         **_chosen(values, ("max_think_tokens", *_COMMON)),
     )
     _check_system(options.system)
+    check_trained(config, request)
+    check_prompts(processor, request)
 
 
 def of_clips(options: ImageOptions) -> bool:

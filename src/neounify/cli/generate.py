@@ -96,7 +96,7 @@ def generate_prompts(
 ) -> None:
     """Generate or edit for the prompts of the command line, and print where the images are."""
     with lasting_imports():
-        from neounify.cli.checks import check_image_request, check_model, note_size
+        from neounify.cli.checks import check_image_request, note_size, open_processor
         from neounify.cli.images import ImageJob, check_free, generate_jobs, save_image
         from neounify.tasks.chat import read_images
 
@@ -106,11 +106,12 @@ def generate_prompts(
     if editing and not images:
         raise UsageError("give --image FILE, the image to edit (`generate` needs none)")
     exact = _exact_file(output, len(prompts) * options.count, _suffix(options))
-    config = check_model(model).config
+    processor = open_processor(model)
+    config = processor.config
     inputs = read_images(images, colour_profiles=model.colour_profiles)
     before = read_condition_file(condition, options, config)
     for prompt in prompts:
-        check_image_request(prompt, options, config, inputs, before)
+        check_image_request(prompt, options, processor, inputs, before)
     _check_encoder(options)
     if exact is not None and not output.overwrite:
         check_free(exact)
@@ -157,8 +158,8 @@ def generate_batch(
         from neounify.cli.checks import (
             check_image_request,
             check_jobs_file,
-            check_model,
             note_size,
+            open_processor,
             resolve_sampling,
         )
         from neounify.tasks.chat import read_images
@@ -169,7 +170,8 @@ def generate_batch(
     check_jobs_file(batch.input)
     if output.output.suffix.lower() in (".png", ".mp4", *OTHER_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
-    config = check_model(model).config
+    processor = open_processor(model)
+    config = processor.config
     resolve_sampling(options, config)
     files = (IMAGES,) if isinstance(options, EditOptions) else (CONDITION,)
     folder = writable_folder(output.output)
@@ -178,7 +180,7 @@ def generate_batch(
     def check(line: Line[GenerateOptions]) -> None:
         before = read_condition_file(_condition(line), line.options, config)
         images = read_images(line.paths(IMAGES))
-        check_image_request(line.prompt, line.options, config, images, before)
+        check_image_request(line.prompt, line.options, processor, images, before)
         _check_encoder(line.options)
 
     with locked_folder(folder):

@@ -24,11 +24,20 @@ from neounify.errors import ImageError
 from neounify.files import check_absent
 from neounify.image.io import read_metadata
 from neounify.pipeline import ImageProgress, ImageResult
-from neounify.provenance.metadata import CHUNK, encode_image, write_packet
+from neounify.provenance.metadata import (
+    CHUNK,
+    encode_image,
+    is_video,
+    packet_facts,
+    write_packet,
+)
+from neounify.video.boxes import find_xmp
 from neounify.video.clip import Video
 
 THUMBNAIL = 192
 GAP = 4
+HEAD_BYTES = 256
+"""Of a file, to tell MP4 from images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,21 +236,20 @@ def now() -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a PNG that neounify generated. Raises CliError for any other file."""
-    advice = "give the folder of a model, or a PNG that neounify generated"
+    """The record of a PNG or an MP4 that neounify generated. Raises CliError for other files."""
+    advice = "give the folder of a model, or a PNG or MP4 that neounify generated"
     if not path.exists():
         raise CliError(f"{path} is not an existing file or folder; {advice}")
     if not path.is_file():
         raise CliError(f"{path} is neither a file nor a folder; {advice}")
+    if (record := _clip_record(path)) is not None:
+        return record
     try:
         text = read_metadata(path, (CHUNK,)).get(CHUNK)
     except ImageError as error:
-        raise CliError(f"{path} is neither a model's folder nor a readable image") from error
+        raise CliError(f"{path} is neither a model's folder nor a readable image or MP4") from error
     if not isinstance(text, str):
-        raise CliError(
-            f"{path} has no record: neounify did not generate it as a PNG, or another program "
-            "saved it; `neounify provenance` shows the metadata of any image"
-        )
+        raise CliError(_no_record(path, "PNG"))
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -249,6 +257,24 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CliError(f"{path}: its record is damaged")
     return record
+
+
+def _clip_record(path: Path) -> dict[str, Any] | None:
+    """The record of an MP4, None for another kind of file. Raises CliError without a record."""
+    with path.open("rb") as file:
+        if not is_video(file.read(HEAD_BYTES)):
+            return None
+        record = packet_facts(find_xmp(file))
+    if not record:
+        raise CliError(_no_record(path, "MP4"))
+    return record
+
+
+def _no_record(path: Path, kind: str) -> str:
+    return (
+        f"{path} has no record: neounify did not generate it as {kind}, or another program saved "
+        "it; `neounify provenance` shows the metadata of any image or MP4"
+    )
 
 
 # --- files ---

@@ -116,10 +116,7 @@ def _check(first: Path, config: Path | None, second: Path, options: ParityOption
 def check_comparable(config: ModelConfig) -> None:
     """Raise RequestError for a model that cannot generate the images that are compared."""
     if "generate" not in config.capabilities:
-        raise RequestError(
-            "the comparison generates images, which this model cannot; of quantise leave it out "
-            "with --no-parity"
-        )
+        raise RequestError("the comparison generates images, which this model cannot")
 
 
 def comparison_device(

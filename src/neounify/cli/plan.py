@@ -343,7 +343,7 @@ def _machine(options: PlanOptions, dtype: torch.dtype) -> tuple[Machine, str]:
 
     from neounify.runtime.devices import abilities
     from neounify.runtime.plan import free_memory
-    from neounify.runtime.process import available_bytes
+    from neounify.runtime.process import available_bytes, own_memory
     from neounify.runtime.rates import CARDS, Machine, rates_here, rates_of_size, this_machine
 
     host = available_bytes() if options.ram is None else _gibibytes("--ram", options.ram)
@@ -352,9 +352,11 @@ def _machine(options: PlanOptions, dtype: torch.dtype) -> tuple[Machine, str]:
     memory = f"{host / 2**30:.0f} GB memory"
     device = torch.device(_device_type(options))
     if options.gpu in (None, "none"):
+        own_memory()  # measured before the rates, whose probe takes memory
         if not abilities(device).unified and free_memory(device) is None:
             raise UsageError(f"{device} does not say how much memory is free: name it with --gpu")
-        machine = this_machine(device, rates_here(device, dtype), host)
+        rates = rates_here(device, dtype)
+        machine = this_machine(device, rates, None if options.ram is None else host)
         if device.type == "cpu":
             return machine, f"CPU, {memory}"
         return machine, f"{machine.rates.name} {machine.device / 2**30:.0f} GB free · {memory}"

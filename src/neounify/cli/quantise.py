@@ -80,7 +80,10 @@ def _check_parity(folder: Path, config: Path | None, preset: str, options: Parit
         from neounify.quant.presets import preset_formats
 
     checkpoint = CheckpointFolder.open(folder, config)
-    check_comparable(checkpoint.config)
+    try:
+        check_comparable(checkpoint.config)
+    except RequestError as error:
+        raise RequestError(f"{error}; leave it out with --no-parity") from error
     shapes = expected_shapes(checkpoint.config)
     formats: Collection[WeightFormat]
     if preset in GGUF_PRESETS:

@@ -67,6 +67,8 @@ def train(
         from neounify.train.parallel import check_shared
         from neounify.train.recipe import read_recipe
 
+    if overwrite.overwrite and export is None:
+        raise CliError("--overwrite is for --export")
     check_threads(where.threads)
     with all_ranks() as ranks:
         # The first rank speaks for all.

@@ -106,6 +106,10 @@ def _check_video(c: ModelConfig) -> None:
         f"sampling.video.frames {video.frames} must be a multiple of tube_frames "
         f"{c.video.tube_frames}",
     )
+    require(
+        not c.video.frame_by_frame or c.template == "neo",
+        f"frame_by_frame has prompts of the form 'neo', not {c.template!r}",
+    )
 
 
 def _check_mlp(stream: str, mlp: MlpConfig, num_layers: int) -> None:

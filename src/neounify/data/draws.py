@@ -1,4 +1,4 @@
-"""Draws for a sample in training: the loss of its prompt, the frames that are targets."""
+"""Draws for a sample in training: whether it keeps its prompt, which frames are targets."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class GuidanceDropout:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FrameTargets:
-    """Shares of what a clip trains that is generated frame by frame; they need not sum to 1.
+    """Shares of clips by their targets, for models that generate clips frame by frame.
 
-    `all` its frames, only its `first`, its `last` behind the first, or those `between` behind both.
-    Frames before the targets in the order of generation (`frame_order`) are seen clean, those after
-    them are left out. Of a clip that continues another one, `last` means its last frame as well,
-    and `first` too.
+    Targets are `all` frames, only the `first`, the `last` behind the first, or those `between`
+    behind both. Frames before them in the order of generation (`frame_order`) are seen clean, those
+    after them are left out. Of a clip that continues another one, `first` and `last` both mean its
+    last frame. Shares need not sum to 1.
     """
 
     all: NonNegative = 1.0
@@ -54,9 +54,9 @@ class FrameTargets:
             raise DataError("frame_targets: one share must be above 0")
 
     def draw(self, rng: np.random.Generator, frames: int, *, follows: bool) -> range:
-        """Places of the targets in the order of a clip of `frames`; never none.
+        """Places of the targets in the order of a clip of `frames`.
 
-        Nothing is drawn where one share stands alone.
+        All of them where the clip has none of those that have a share.
         """
         ends = min(1 if follows else 2, frames)
         places = {
@@ -66,10 +66,7 @@ class FrameTargets:
             "between": range(ends, frames),
         }
         shares = {name: getattr(self, name) for name in places if len(places[name])}
-        drawn = [name for name, share in shares.items() if share]
-        if not drawn:
+        weights = np.array(list(shares.values()))
+        if not weights.any():
             return places["all"]
-        if len(drawn) == 1:
-            return places[drawn[0]]
-        weights = np.array([shares[name] for name in drawn])
-        return places[drawn[rng.choice(len(drawn), p=weights / weights.sum())]]
+        return places[list(shares)[rng.choice(len(shares), p=weights / weights.sum())]]

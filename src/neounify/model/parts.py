@@ -30,7 +30,7 @@ STREAMS: Mapping[StreamName, StreamRule] = {
     UND: StreamRule(context=True),
     GEN: StreamRule(context=False),
 }
-"""Every stream of the model, in the order of their tokens in a padded document. One is context."""
+"""Every stream of the model, in the order in which their keys are joined. The first is context."""
 
 WeightStream: TypeAlias = StreamName | Literal["shared"]
 """The stream that weights belong to; those of token embedding and text head are "shared"."""

@@ -298,8 +298,7 @@ class _Images:
                 self._images[index] = event
             case FramesFinished(index):
                 self._clips.setdefault(index, ClipFrames(event.total)).put(event)
-                if event.is_last:
-                    self._images[index] = event
+                self._images[index] = event
 
     def in_order(self) -> list[ImageFinished | FramesFinished]:
         """Every image, and of every clip its last frames."""

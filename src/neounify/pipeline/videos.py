@@ -6,7 +6,7 @@ Questions are about clips, and clips are continued: their frames are the `condit
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -91,7 +91,7 @@ def read_frames(
         images, timeline = source.images, _timeline_of(source)
         indices, grouped = choice.take(timeline)
         times = [timeline.times[n] for n in indices]
-        return _seen(config, [images[n] for n in indices], times, grouped)
+        return seen_frames(config, [images[n] for n in indices], times, grouped)
     return read_file(source, config, fps, max_frames, tubes=tubes)[0]
 
 
@@ -104,16 +104,17 @@ def read_file(
     tubes: bool = False,
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
+    warn: Callable[[str], object] = log.warning,
 ) -> tuple[Frames, Clip]:
-    """Frames of a file, and what the file holds; its sound is not heard, which is logged.
+    """Frames of a file, and what the file holds; its sound is not heard, of which `warn` is called.
 
     Larger frames are reduced to `reserve` times the area that the model sees. Raises VideoError.
     """
     choice = frame_choice(config, fps, max_frames, tubes)
     video = read_shown(source, config, choice, limits=limits, reserve=reserve)
     if video.clip.has_sound:
-        log.warning("%s: its sound is not heard", name_of(source))
-    return _seen(config, video.images, video.times, video.clip.in_tubes), video.clip
+        warn(f"{name_of(source)}: its sound is not heard")
+    return seen_frames(config, video.images, video.times, video.clip.in_tubes), video.clip
 
 
 def read_condition(
@@ -125,6 +126,7 @@ def read_condition(
     max_frames: int | None = None,
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
+    warn: Callable[[str], object] = log.warning,
 ) -> list[Image.Image]:
     """Frames of a clip that is continued at `fps` a second; None is the checkpoint's rate.
 
@@ -135,7 +137,9 @@ def read_condition(
     config.check_can("continue_video")
     try:
         if isinstance(source, Video | str | PathLike | bytes | bytearray | memoryview):
-            return frames_before(source, config, fps, max_frames, limits=limits, reserve=reserve)
+            return frames_before(
+                source, config, fps, max_frames, limits=limits, reserve=reserve, warn=warn
+            )
         images = read_images(source, colour_profiles=colour_profiles)
         if not images:
             raise VideoError("the clip to continue has no frames")
@@ -153,6 +157,7 @@ def frames_before(
     *,
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
+    warn: Callable[[str], object] = log.warning,
 ) -> list[Image.Image]:
     """Frames of a clip at `fps` a second, as a model sees those before the ones it generates.
 
@@ -164,7 +169,9 @@ def frames_before(
     if isinstance(source, Video):
         images, timeline = source.images, _timeline_of(source)
     else:
-        frames, clip = read_file(source, config, rate, most, limits=limits, reserve=reserve)
+        frames, clip = read_file(
+            source, config, rate, most, limits=limits, reserve=reserve, warn=warn
+        )
         images = list(frames.images)
         timeline = Timeline(list(frames.times), clip.seconds, clip.rounding)
     shown = timeline.sample(rate, most)
@@ -207,7 +214,7 @@ def _timeline_of(video: Video) -> Timeline:
     return Timeline([number / rate for number in range(len(video.frames))], video.seconds)
 
 
-def _seen(
+def seen_frames(
     config: ModelConfig, images: Sequence[Image.Image], times: Sequence[float], grouped: bool
 ) -> Frames:
     """Frames as the model sees them: each an image, or `grouped` in tubes."""

@@ -133,6 +133,13 @@ def read_packet(packet: bytes) -> dict[str, Any]:
             value = _property(description, name)
             if value:
                 facts[ours] = value
+    return facts | packet_facts(packet)
+
+
+def packet_facts(packet: bytes) -> dict[str, Any]:
+    """The facts that neounify wrote into a packet; none where it did not."""
+    facts: dict[str, Any] = {}
+    for description in _descriptions(packet):
         facts |= read_facts(description.get(_FACTS, "{}"))
     return facts
 

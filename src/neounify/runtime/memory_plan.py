@@ -10,8 +10,8 @@ of the largest layer of a stream as kept, a device peaks at 1.03 (fragments) tim
               are buffers
 
 plus 0.5 GB (context). On the CPU weights are used where the file is mapped: one layer at a time is
-there besides the r, nothing is locked, a text head that is mapped counts with und alone, and the
-process takes PROCESS.
+there besides the r, nothing is locked, a text head that is mapped counts with und alone, and what
+the process takes without weights is added: PROCESS, or as it was measured (`rates.process_bytes`).
 
 A is the working memory of the largest call: its rows (`runtime.plan.row_bytes`), keys and values
 of the prefixes, copies of them where attention makes some, and 24 bytes a value of float32 state.
@@ -43,7 +43,8 @@ FRAGMENTS, CONTEXT = 1.03, 0.5e9
 SLOTS, STAGING = 3, 2
 """Layers of a device that streamed ones pass through, and buffers of a layer locked on the host."""
 PROCESS = 0.30e9
-"""Resident bytes of Python, torch and the package on the CPU; measured, see docs/memory.md."""
+"""Resident bytes of Python, torch and the package on the CPU, where a process cannot be measured;
+see docs/memory.md."""
 PIECE_BYTES, PIECES = 2**26, 7
 """Bytes of a clip's point that moves at once, and tensors of that size that it takes to
 move; glibc gives blocks above 32 MiB back, while smaller ones leave holes."""
@@ -51,6 +52,8 @@ COPIED_TOKENS = 512
 """Tokens up to which images share a copy of their prefixes with attention "sdpa", the default."""
 PROMPT_TOKENS = 256
 """Tokens of a prompt with its system message, where none is given."""
+STAMP_TOKENS = 8
+"""Tokens of the time in front of a frame or tube, and of the marks around it, about."""
 SCALE_BYTES = 4
 """Bytes of the scale of a row of codes, float32."""
 
@@ -203,7 +206,8 @@ class Task:
     """What is asked of a model: one image at a time, a clip, or text.
 
     `frames` are those of a clip: of one that is generated, or in a chat of one that is looked at,
-    whose `references` are its frames, or with `tubes` its tubes.
+    whose `references` are its frames, or with `tubes` its tubes. A clip frame by frame is planned
+    as its last frame, an image behind all others.
 
     `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
     every branch, `think` tokens are written before the image (or, in a chat, the answer).
@@ -246,11 +250,28 @@ class Task:
         """Tokens of the prompt, its images and the thought."""
         return self.prompt + self.references * self.reference_tokens + self.think
 
+    def images(self, config: ModelConfig) -> int:
+        """Images that are denoised one after the other: the frames of a clip frame by frame."""
+        return self.frames if self.paints and self.frames and config.frame_by_frame else 1
+
+    def is_whole_clip(self, config: ModelConfig) -> bool:
+        """Whether all frames of a clip are denoised together."""
+        return self.paints and self.frames > 0 and not config.frame_by_frame
+
     def tokens(self, config: ModelConfig) -> int:
-        """Tokens of the image or clip; 0 for text."""
+        """Tokens of the image or clip, of a clip frame by frame those of a frame; 0 for text."""
         side = config.token_size
-        tubes = self.frames // config.video.tube_frames if self.frames and config.video else 1
+        whole = self.is_whole_clip(config)
+        tubes = self.frames // config.video.tube_frames if whole and config.video else 1
         return tubes * -(-self.width // side) * -(-self.height // side) if self.paints else 0
+
+    def frame_tokens(self, config: ModelConfig) -> int:
+        """Tokens of a finished frame that others follow, with its time and marks, else 0."""
+        return self.tokens(config) + STAMP_TOKENS if self.images(config) > 1 else 0
+
+    def seen(self, config: ModelConfig) -> int:
+        """Tokens of all finished frames, behind the prompt of the conditional branch alone."""
+        return (self.images(config) - 1) * self.frame_tokens(config)
 
 
 def default_task(config: ModelConfig) -> Task:
@@ -299,8 +320,8 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = U
 
     `limit` is that of `branches_apart`, which says whether a call has the rows of all branches.
     """
-    n, runs = task.tokens(config), task.branches
-    clip = task.frames > 0
+    n, runs, seen = task.tokens(config), task.branches, task.seen(config)
+    clip = task.is_whole_clip(config)
     apart = branches_apart(n, runs * n, limit)
     together = 1 if apart else runs
     row, head = row_bytes(config, "gen", itemsize), head_bytes(config, itemsize, clip=clip)
@@ -310,9 +331,9 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int, limit: int = U
     waiting = (runs - together) * values
     moved = values + PIECES * min(values, PIECE_BYTES) if clip else 0
     rows = max(together * n * row, together * n * head + moved) + waiting
-    keys = runs * task.prefix
-    if n + task.prefix <= task.copied_tokens:
-        keys += runs * (n + task.prefix)
+    keys = runs * task.prefix + seen
+    if n + task.prefix + seen <= task.copied_tokens:
+        keys += runs * (n + task.prefix) + seen
     return rows + state_bytes(config, n, clip=clip) + keys * config.kv_bytes(itemsize)
 
 
@@ -321,8 +342,9 @@ def prefill_bytes(
 ) -> float:
     """A of prefill: what one call takes, at most `limit` rows, and all keys and values."""
     branches = task.branches if task.paints else 1
-    rows = min(limit, branches * (task.prefix - task.think))
-    keys = branches * task.prefix * config.kv_bytes(itemsize)
+    # Each finished frame is read in a separate call.
+    rows = max(min(limit, branches * (task.prefix - task.think)), task.frame_tokens(config))
+    keys = (branches * task.prefix + task.seen(config)) * config.kv_bytes(itemsize)
     pixels = 0.0
     if task.frames and not task.paints:
         # All frames as they were prepared; those of a call are cut into rows and joined, and those
@@ -399,8 +421,12 @@ def peak_bytes(
     resident: Resident | None = None,
     *,
     unified: bool = False,
+    process: float | None = None,
 ) -> float:
-    """Peak of a mode on a device, or with `unified` the resident size of the process."""
+    """Peak of a mode on a device, or with `unified` the resident size of the process.
+
+    `process` is that without weights, None for PROCESS.
+    """
     if mode == "all":
         parts = sum(weights.stream(name) + weights.rest[name] for name in STREAMS)
         least = parts + weights.shared + max(working.values())
@@ -412,5 +438,5 @@ def peak_bytes(
         )
     least += weights.making
     if unified:
-        return least + PROCESS
+        return least + (PROCESS if process is None else process)
     return FRAGMENTS * least + CONTEXT

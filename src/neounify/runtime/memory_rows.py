@@ -65,8 +65,9 @@ class Kept:
 class PlanRow:
     """One form of the weights in one mode, in bytes and seconds.
 
-    `resident`: layers of each stream that stay. `text` is tokens a second. Times are None where
-    the row does not fit, `step` and `image` also where no image is asked for.
+    `resident`: layers of each stream that stay. `text` is tokens a second. `image` is the time of
+    an image or clip, `step` of a step, of a frame where clips are made frame by frame. Times are
+    None where the row does not fit, `step` and `image` also where no image is asked for.
     """
 
     weights: str
@@ -121,21 +122,27 @@ def _passed(config: ModelConfig, stream: StreamName, number: int) -> int:
 
 
 def step_operations(config: ModelConfig, task: Task) -> float:
-    """F of a denoising step: 2 · P · R + 4 · b · n · (n + prefix) · Q · L."""
+    """F of a denoising step: 2 · P · R + 4 · b · n · (n + prefix) · Q · L.
+
+    Of a clip frame by frame a mean step, whose frame sees half of the others.
+    """
     n = task.tokens(config)
     parameters = passed_parameters(config, "gen") + rest_units(config)["gen"].rest
-    pairs = n * (n + task.prefix)
+    pairs = n * (task.branches * (n + task.prefix) + task.seen(config) / 2)
     queries = config.num_heads * config.head_dim
-    return task.branches * (2.0 * parameters * n + 4.0 * pairs * queries * config.num_layers)
+    return task.branches * 2.0 * parameters * n + 4.0 * pairs * queries * config.num_layers
 
 
 def prefill_operations(config: ModelConfig, task: Task) -> float:
-    """F of the prompts of all branches, every token attending to half of the others."""
+    """F of the prompts of all branches, every token attending to half of the others.
+
+    Of a clip frame by frame that of the finished frames too, behind one of them.
+    """
     branches = task.branches if task.paints else 1
-    n = task.prefix - task.think
+    n, seen = task.prefix - task.think, task.seen(config)
     queries = config.num_heads * config.head_dim
-    pairs = 2.0 * n * n * queries * config.num_layers
-    return branches * (2.0 * passed_parameters(config, "und") * n + pairs)
+    pairs = 2.0 * (branches * n * n + seen * (2 * n + seen)) * queries * config.num_layers
+    return 2.0 * passed_parameters(config, "und") * (branches * n + seen) + pairs
 
 
 def decoded_bytes(config: ModelConfig, weights: WeightBytes) -> float:
@@ -163,16 +170,19 @@ def planned_peak(
 
     Branches are apart by the rule of the denoiser, of the memory that the weights leave.
     """
-    weights = kept.weights
-    idle = dict.fromkeys(task.streams, 0.0)
-    free = machine.device - peak_bytes(weights, mode, idle, resident, unified=machine.unified)
+
+    def peak_of(working: Mapping[StreamName, float]) -> float:
+        unified, process = machine.unified, machine.process
+        return peak_bytes(kept.weights, mode, working, resident, unified=unified, process=process)
+
+    free = machine.device - peak_of(dict.fromkeys(task.streams, 0.0))
     together = UNLIMITED
     if free > 0:
         together = fitting_branch_rows(config, kept.itemsize, int(free))
     # Prompts that do not fit in one call are cut, down to the size of an image.
     for limit in (PREFILL_ROWS, least_prefill_rows(task)):
         working = working_bytes(config, task, kept.itemsize, limit, together)
-        peak = peak_bytes(weights, mode, working, resident, unified=machine.unified)
+        peak = peak_of(working)
         if peak <= machine.device:
             break
     return peak
@@ -248,8 +258,10 @@ def _timed(row: PlanRow, config: ModelConfig, kept: Kept, task: Task, machine: M
     written = text if config.lm_head else None
     if not task.paints:
         return replace(row, text=written)
+    images = task.images(config)
     step = max(step_operations(config, task) / rates.products, row.streamed / rate("gen"))
-    prompts = moving(weights.layers["und"], "und") / rate("und")
+    # Each finished frame of a clip that others follow is read as a prompt is.
+    prompts = images * moving(weights.layers["und"], "und") / rate("und")
     prefill = max(prefill_operations(config, task) / rates.products, prompts)
     # What stays as long as its stream works is copied from mapped files at each change.
     changes = 0.0
@@ -258,8 +270,8 @@ def _timed(row: PlanRow, config: ModelConfig, kept: Kept, task: Task, machine: M
         for name in STREAMS:
             whole = kept.share(name) * (weights.stream(name) + weights.rest[name])
             copied = whole - moving(weights.layers[name], name)
-            changes += copied / min(rate(name), pageable)
-    image = task.steps * step + prefill + changes + task.think / text
+            changes += images * copied / min(rate(name), pageable)
+    image = images * task.steps * step + prefill + changes + task.think / text
     return replace(row, step=step, image=image, text=written)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -145,6 +146,26 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return 0
+
+
+class OwnMemory(NamedTuple):
+    """Resident bytes of a process, and those of them that are pages of no file."""
+
+    resident: int
+    private: int
+
+
+@functools.cache
+def own_memory() -> OwnMemory:
+    """The memory of this process as it was when first asked; zeros where it is not reported.
+
+    `load` asks before it reads weights, so that those of a first model do not count for a second.
+    """
+    resident = resident_bytes()
+    if not resident:
+        return OwnMemory(0, 0)
+    of_files = int(Path("/proc/self/statm").read_text().split()[2]) * resource.getpagesize()
+    return OwnMemory(resident, resident - of_files)
 
 
 def available_bytes() -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from neounify.errors import RequestError, is_out_of_memory
 from neounify.runtime.devices import abilities
 from neounify.runtime.plan import free_memory
-from neounify.runtime.process import available_bytes
+from neounify.runtime.process import available_bytes, own_memory
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,9 @@ PCIE_4, PCIE_5 = 24e9, 50e9
 NVME_3, NVME_4 = 3.5e9, 7e9
 PAGE_CACHE = 6.8e9
 """Bytes a second that one core reads from the page cache."""
+FIRST_USE = 0.085e9
+"""Resident bytes that libraries take at their first use on the CPU, most of it pages of their
+files; measured, see docs/memory.md."""
 PROBE_SECONDS = 0.3
 PROBE_BYTES = 2**28
 """Bytes that are copied to measure a bandwidth, more than caches hold."""
@@ -50,8 +53,9 @@ class Rates:
 class Machine:
     """A device of `device` bytes and a host of `host` bytes, with their rates.
 
-    `unified`: the device computes in the host's memory (CPU, mps). `by_layers`: whether layers can
-    come to it one by one.
+    `unified`: the device computes in the host's memory (CPU, mps); `process` then is what the
+    process takes before any weight, None for that of the plan. `by_layers`: whether layers can come
+    to the device one by one.
     """
 
     device: float
@@ -59,6 +63,7 @@ class Machine:
     rates: Rates
     unified: bool = False
     by_layers: bool = True
+    process: float | None = None
 
 
 CARDS = {
@@ -103,9 +108,12 @@ def rates_of_size(gibibytes: float) -> Rates:
 def this_machine(device: torch.device, rates: Rates, host: int | None = None) -> Machine:
     """What is free on a device of this machine, and on its host: `host` bytes, if given.
 
-    Raises RequestError where the system does not say how much memory is free.
+    A device that is the host's memory, if that is not given, has besides what is free what this
+    process takes already, and plans have the process as it is measured. Raises RequestError where
+    the system does not say how much memory is free.
     """
     here = abilities(device)
+    measured = here.unified and host is None
     host = available_bytes() if host is None else host
     free = host if here.unified else free_memory(device)
     if host is None or free is None:
@@ -115,8 +123,19 @@ def this_machine(device: torch.device, rates: Rates, host: int | None = None) ->
             param="plan",
         )
     return Machine(
-        device=free, host=host, rates=rates, unified=here.unified, by_layers=here.by_layers
+        device=free + own_memory().private if measured else free,
+        host=host,
+        rates=rates,
+        unified=here.unified,
+        by_layers=here.by_layers,
+        process=process_bytes() if measured else None,
     )
+
+
+def process_bytes() -> float | None:
+    """Bytes that this process takes before any weight, libraries in use; None where unknown."""
+    resident = own_memory().resident
+    return resident + FIRST_USE if resident else None
 
 
 def rates_here(device: torch.device, dtype: torch.dtype) -> Rates:

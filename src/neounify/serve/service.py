@@ -244,8 +244,10 @@ class EngineService:
         """Maximum image tokens in progress for a request. ImageError for an image too large."""
         count, sizes = 1, list[tuple[int, int]]()
         if isinstance(request, ImageRequest):
-            tubes = request.grid(self.config).tubes if request.frames else 1
-            count, sizes = request.count * tubes, [(request.width, request.height)]
+            sizes = [(request.width, request.height)]
+            count = request.count * (request.grid(self.config).tubes if request.frames else 1)
+            if request.frames and self.config.frame_by_frame:
+                count = 1  # one frame after the other, and one clip after the other
         elif isinstance(request, InterleaveRequest):
             sizes = list(request.sizes)
         for size in sizes:

@@ -11,7 +11,7 @@ import PIL.Image
 from neounify.config import ModelConfig
 from neounify.errors import PromptError, RequestError
 from neounify.image.pixels import fit_size
-from neounify.runtime.memory_plan import PROMPT_TOKENS, Task
+from neounify.runtime.memory_plan import PROMPT_TOKENS, STAMP_TOKENS, Task
 from neounify.text.clips import clip_text
 from neounify.text.forms import VIDEO_MARK
 from neounify.video.choice import finite_number
@@ -142,10 +142,6 @@ def frame_bounds(config: ModelConfig, count: int) -> tuple[int, int]:
     video = config.sampling.video
     largest = max(1, min(video.frame_max_pixels, video.max_total_pixels // count))
     return min(video.frame_min_pixels, largest), largest
-
-
-STAMP_TOKENS = 8
-"""Tokens of the time in front of a frame or tube, and of the marks around it, about."""
 
 
 def clip_question(

@@ -79,7 +79,8 @@ def frame_prompt(processor: Processor, request: ImageRequest, branch: Branch) ->
     if branch == "uncond":
         return processor.unconditional_prompt(request.negative_prompt)
     text = place_images(request.prompt, len(request.condition), numbered=True)
-    return interleave_prompt(processor.tokenizer, text, system=request.system or "", think=False)
+    system = processor.system_message if request.system is None else request.system
+    return interleave_prompt(processor.tokenizer, text, system=system, think=False)
 
 
 def _clip(
@@ -111,7 +112,7 @@ def _clip(
     )
     cond = names["cond"]
     draw = partial(draw_noise, config, request.width, request.height, generator)
-    evaluations, levels = 0.0, dict[int, Tensor]()
+    evaluations = 0.0
     for number, (frame, stamp) in enumerate(zip(order, stamps, strict=True), 1):
         yield Append(new_number(), {cond: (TextInput(stamp),)})
         prefixes = yield from branch_prefixes(sampling, request.negative_prompt, names, kept)
@@ -122,16 +123,15 @@ def _clip(
         image = denoise(draw, grid, sampling, prefixes, steps, usage)
         finished = yield from _reporting(image, step)
         evaluations += finished.evaluations
-        levels[frame] = frame_levels(finished.pixels[None])
         if previews and number * previews // frames > (number - 1) * previews // frames:
             steps_of_all = frames * sampling.steps
             yield Preview(index, number * sampling.steps, steps_of_all, finished.pixels)
+        alone = replace(usage, images=number * grid.length).finished(None)
+        levels = frame_levels(finished.pixels[None])
+        yield FramesFinished(index, frame, frames, levels, alone, evaluations)
         if number < frames:
             # What follows sees the frame as it is saved: in range, though not rounded.
             yield from append_generated(processor, finished.pixels.clamp(-1, 1), [cond])
-    whole = torch.cat([levels[frame] for frame in range(frames)])
-    alone = replace(usage, images=frames * grid.length).finished(None)
-    yield FramesFinished(index, 0, frames, whole, alone, evaluations)
     return usage
 
 

@@ -234,6 +234,12 @@ def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -
     )
 
 
+def check_trained(config: ModelConfig, request: ImageRequest) -> None:
+    """RequestError for a model that was not trained for what a request asks for."""
+    able: Capability = "edit" if request.images else "generate"
+    config.check_can("generate_video" if request.frames else able)
+
+
 def check_prompts(processor: Processor, request: ImageRequest) -> None:
     """Build the prompts of a request. Raises PromptError, about its parameter."""
     for branch in request.sampling.guidance.branches():
@@ -248,8 +254,7 @@ def generate_images(
 
     At most `previews` of each image are events, None for one after every step.
     """
-    able: Capability = "edit" if request.images else "generate"
-    processor.config.check_can("generate_video" if request.frames else able)
+    check_trained(processor.config, request)
     room = 0
     if request.think:
         processor.check_writes_text("think")
@@ -369,9 +374,10 @@ def _frames(answer: FramesReady, grid: Grid, usage: Usage, first: int) -> Progra
     alone = replace(usage, images=grid.length).finished(None)
     number, total, evaluations = first + answer.index, answer.total, answer.evaluations
     event = FramesFinished(number, answer.first, total, frames, alone, evaluations)
-    usage.images += grid.length * event.is_last
+    ends = answer.first + len(frames) == total
+    usage.images += grid.length * ends
     yield event
-    return event.is_last
+    return ends
 
 
 def _think(

@@ -114,10 +114,10 @@ class ImageFinished:
 
 @dataclass(frozen=True, eq=False)
 class FramesFinished:
-    """Finished frames of clip `index` from number `first` of `total`; they come in order.
+    """Finished frames of clip `index` from number `first` of `total`, in the order of generation.
 
     `frames` are uint8 [n, height, width, channels]; `usage` and `evaluations` as of ImageFinished,
-    for the whole clip.
+    for the clip so far.
     """
 
     index: int
@@ -126,11 +126,6 @@ class FramesFinished:
     frames: UInt8[Tensor, "n h w c"]
     usage: Finished
     evaluations: float
-
-    @property
-    def is_last(self) -> bool:
-        """Whether they end the clip."""
-        return self.first + len(self.frames) == self.total
 
 
 class ClipFrames:
@@ -144,7 +139,7 @@ class ClipFrames:
         self.frames: UInt8[Tensor, "total h w c"] | None = None
 
     def put(self, event: FramesFinished) -> None:
-        """Take the next frames in."""
+        """Take some frames in."""
         if self.frames is None:
             self.frames = event.frames.new_empty(self.total, *event.frames.shape[1:])
         self.frames[event.first : event.first + len(event.frames)] = event.frames

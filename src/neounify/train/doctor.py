@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neounify.data.configs import DataConfig, FileData
-from neounify.data.draws import GuidanceDropout
+from neounify.data.draws import FrameTargets, GuidanceDropout
 from neounify.data.encode import Encoded, Encoder
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.reasons import counted, too_many_skipped
@@ -31,6 +31,7 @@ from neounify.distributed.shards import local
 from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
 from neounify.pipeline import Pipeline
+from neounify.text.clips import frame_order
 from neounify.train.loss import T_INTERVALS, Counts, LossConfig, Metrics, loss_of
 from neounify.train.method import NO_TIME, Finding, StageContext, seeded
 from neounify.train.optim import OptimizerSet, take_step
@@ -42,6 +43,8 @@ SAMPLES = 400
 """Samples of all sources together that are searched for one of every task."""
 MIN_PER_SOURCE = 50
 """Samples that are tried of each source, however many sources there are."""
+NOISE_DRAWS = 4
+"""Noisy copies of each target."""
 MAX_STEPS = 1000
 ENOUGH_STEPS = 300
 """Steps after which a sample that is not overfitted counts as one that cannot be."""
@@ -86,7 +89,8 @@ def examine(
     encoder = replace(
         encoder,
         dropout=GuidanceDropout(text=0.0, all=0.0),
-        noise_draws=4,
+        frame_targets=FrameTargets(),
+        noise_draws=NOISE_DRAWS,
         max_tokens=None,  # four noisy copies may well be more than a pack of the stage
     )
     documents = [encoder(s, np.random.default_rng(0)) for s in samples.values()]
@@ -286,6 +290,9 @@ def _generation(
     if task is None:
         return
     target = known[task].targets[0]
+    if task == "t2v" and setup.model.config.frame_by_frame:
+        frames = known[task].targets[::NOISE_DRAWS]
+        target = np.stack([frames[place] for place in np.argsort(frame_order(len(frames)))])
     setup.model.eval()
     with setup.parallel.sampling() as model:
         pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)

@@ -36,6 +36,7 @@ from neounify.image.clips import join_rows, tube_rows
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
 from neounify.model.parts import GEN, UND
+from neounify.runtime.devices import abilities
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 T_INTERVALS = 5
@@ -150,7 +151,9 @@ def add_noise(
     sigma = torch.tensor([noise_scale(grid.length, model_config.flow, cap=False) for grid in grids])
     sigma = sigma.to(device)
     noise = torch.randn(clean.shape, generator=generator, device=device)
-    per_token = [x.repeat_interleave(lengths).unsqueeze(1) for x in (t, sigma)]
+    per_token = [
+        x.repeat_interleave(lengths, output_size=len(clean)).unsqueeze(1) for x in (t, sigma)
+    ]
     padding = None
     if len({grid.kind for grid in grids}) > 1:
         image, tube = model_config.token_width, model_config.tube_width
@@ -264,7 +267,7 @@ def _image_loss(
     It is that of tokens, or of the means of images.
     """
     images = torch.arange(len(noised.t), device=noised.t.device)
-    owners = images.repeat_interleave(noised.lengths)[rows]
+    owners = images.repeat_interleave(noised.lengths, output_size=len(noised.clean))[rows]
     t = noised.t[owners].unsqueeze(1)
     eps = model.config.flow.t_eps_training
     # velocity(x̂) - velocity(x): z cancels, so it is the velocity of the difference.
@@ -318,18 +321,22 @@ def _stacks(
 
 
 class Metrics:
-    """Running sums on the model's device; read once per report, so that training never waits."""
+    """Running sums on the model's device; read once per report, so that training never waits.
+
+    They are float64, or float32 on a device without it: sums of a step, then of steps, so that
+    their rounding is far below what a log shows. No gradient or step depends on them.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.text = torch.zeros(len(TASKS), len(_TEXT), dtype=torch.float64, device=device)
-        self.image = torch.zeros(
-            len(TASKS), T_INTERVALS, len(_IMAGE), dtype=torch.float64, device=device
-        )
+        exact = abilities(torch.device(device)).float64
+        dtype = torch.float64 if exact else torch.float32
+        self.text = torch.zeros(len(TASKS), len(_TEXT), dtype=dtype, device=device)
+        self.image = torch.zeros(len(TASKS), T_INTERVALS, len(_IMAGE), dtype=dtype, device=device)
 
     def add_text(self, tasks: Tensor, losses: Tensor, correct: Tensor) -> None:
         """Per label: its task, its cross entropy, whether the likeliest token was correct."""
         values = torch.stack([losses, correct, torch.ones_like(losses)], dim=1)
-        self.text.index_add_(0, tasks, values.double())
+        self.text.index_add_(0, tasks, values.to(self.text.dtype))
 
     def add_image(
         self, tasks: Tensor, t: Tensor, owners: Tensor, losses: Tensor, clean: Tensor
@@ -338,7 +345,7 @@ class Metrics:
         interval = (t * T_INTERVALS).long().clamp(0, T_INTERVALS - 1)
         index = (tasks * T_INTERVALS + interval)[owners]
         values = torch.stack([losses, clean, torch.ones_like(losses)], dim=1)
-        self.image.flatten(0, 1).index_add_(0, index, values.double())
+        self.image.flatten(0, 1).index_add_(0, index, values.to(self.image.dtype))
 
     def merge(self, other: Metrics) -> None:
         """Add other sums."""
@@ -350,7 +357,7 @@ class Metrics:
 
         `image/clean` is the mean square error of x̂ in [-1, 1]. Names without data are missing.
         """
-        text, image = self.text.cpu(), self.image.cpu()
+        text, image = self.text.cpu().double(), self.image.cpu().double()
         means: dict[str, float] = {}
         _put(means, "text/loss", text.sum(0), 0)
         _put(means, "text/accuracy", text.sum(0), 1)

@@ -27,7 +27,6 @@ from neounify.model.build import check_compile, meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline.loading import load_processor
-from neounify.runtime.devices import abilities
 from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer
 from neounify.train.parallel import parallelize_run
@@ -102,9 +101,7 @@ def build_setup(
 
 
 def check_stages(recipe: Recipe, config: ModelConfig, device: torch.device) -> None:
-    """ConfigError for a stage that a device cannot run as it is set, or without float64."""
-    if not abilities(device).float64:
-        raise ConfigError(f"training counts in float64, in which {device.type} does not compute")
+    """ConfigError for a stage that a device cannot run as it is set."""
     for stage in recipe.stages:
         dtype = torch.bfloat16 if stage.residual == "bfloat16" else torch.float32
         try:

@@ -42,14 +42,16 @@ def _bound_process(limits: VideoLimits) -> None:
         import resource
     except ImportError:  # Windows; the parent's clock is left
         return
+    seconds = int(limits.seconds) + 1
     bounds = {
-        resource.RLIMIT_AS: limits.memory,
-        resource.RLIMIT_CPU: int(limits.seconds) + 1,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_AS: (limits.memory, limits.memory),
+        # Later for the hard one, whose signal is that of everything else that kills.
+        resource.RLIMIT_CPU: (seconds, seconds + 1),
+        resource.RLIMIT_CORE: (0, 0),
     }
     for name, bound in bounds.items():
         try:
-            resource.setrlimit(name, (bound, bound))
+            resource.setrlimit(name, bound)
         except (ValueError, OSError):  # not on every system, nor above a lower bound
             continue
 

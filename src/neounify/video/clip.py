@@ -84,10 +84,7 @@ class Video:
 
     def to_bytes(self, *, xmp: bytes = b"") -> bytes:
         """The MP4 file of `save`."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "clip.mp4")
-            encode_video(self.frames.cpu().numpy(), self.fps, path)
-            return path.read_bytes() + (xmp_box(xmp) if xmp else b"")
+        return video_bytes(self.frames.cpu().numpy(), self.fps, xmp)
 
 
 def read_fps(value: float | Fraction) -> Fraction:
@@ -98,6 +95,14 @@ def read_fps(value: float | Fraction) -> Fraction:
     exact = value if isinstance(value, Fraction) else number
     fraction = Fraction(exact).limit_denominator(MAX_DENOMINATOR)
     return fraction or Fraction(1, MAX_DENOMINATOR)
+
+
+def video_bytes(frames: Iterable[np.ndarray], fps: Fraction, xmp: bytes = b"") -> bytes:
+    """The MP4 file of `encode_video` with a packet of metadata. Raises what it raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        encode_video(frames, fps, path)
+        return path.read_bytes() + (xmp_box(xmp) if xmp else b"")
 
 
 def encode_video(frames: Iterable[np.ndarray], fps: Fraction, path: Path) -> None:

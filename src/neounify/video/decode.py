@@ -49,8 +49,8 @@ class VideoLimits:
     """Upper bounds of one clip.
 
     `file_bytes` of its file; `streams` inside; `pixels` of a frame, `frames` and `length` in
-    seconds, whether they are read or not; `seconds` and `memory` bytes of the process that decodes.
-    `output_pixels` of all chosen frames together, which are reduced to it.
+    seconds, whether they are read or not; `seconds` of a processor and `memory` bytes of the
+    process that decodes. `output_pixels` of all chosen frames together, which are reduced to it.
     """
 
     file_bytes: int = 2 * 2**30
@@ -87,17 +87,17 @@ class Clip:
 
 
 class MeteredFile:
-    """A file for FFmpeg that fails after a time."""
+    """A file for FFmpeg that fails after some seconds of a processor."""
 
     name = "clip"
 
     def __init__(self, file: IO[bytes], seconds: float) -> None:
-        self._file, self._end = file, time.monotonic() + seconds
+        self._file, self._end = file, time.process_time() + seconds
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if time.monotonic() > self._end:
-            raise VideoError("the clip takes too long to read")
+        if time.process_time() > self._end:
+            raise VideoError("takes too long to read; give a shorter or smaller clip")
         return self._file.read(size)
 
 

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 import PIL.Image
 
-from neounify.errors import VideoError
+from neounify.errors import DecoderStopped, VideoError
 from neounify.video.child import REFUSED
 from neounify.video.choice import FrameChoice
 from neounify.video.decode import Clip, VideoLimits
@@ -36,8 +36,8 @@ PROCESS_STARTED: ContextVar[Callable[[subprocess.Popen[bytes]], None] | None] = 
 """Called in its context with each process that decodes, so that another thread can kill it."""
 _START_SECONDS = 20.0
 """For the start of the process, beside the seconds that decoding may take."""
-_OUT_OF_TIME = (-9, -24)
-"""Exit states of a process that exceeded its processor time: SIGKILL and SIGXCPU."""
+_OUT_OF_TIME, _KILLED = -24, -9
+"""Exit states of a process that used up its processor time, by SIGXCPU, and of a killed one."""
 _WITH_BYTES = "the clip"
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE | re.ASCII)
 _MAX_NAME = 200
@@ -68,7 +68,8 @@ def read_video(
 
     Frames that are larger are reduced to an area of `frame_pixels`. Sound is not read. Raises
     VideoError: missing, empty, damaged, no video, beyond `limits`, or referring to
-    other files, which are never read.
+    other files, which are never read; DecoderStopped: no processor was free for the decoder, or
+    it was killed.
     """
     video_library()
     choice, limits = choice or FrameChoice(), limits or VideoLimits()
@@ -133,7 +134,7 @@ def _opened(source: VideoSource, name: str, limits: VideoLimits) -> Iterator[IO[
 
 
 def _run(request: str, file: IO[bytes], limits: VideoLimits, name: str) -> bytes:
-    """What the process wrote. Raises VideoError."""
+    """What the process wrote. Raises VideoError, and DecoderStopped."""
     command = [sys.executable, "-m", "neounify.video.child", request]
     # One thread of numpy: each would count its stack against the bound on memory.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -145,25 +146,32 @@ def _run(request: str, file: IO[bytes], limits: VideoLimits, name: str) -> bytes
         stderr=subprocess.PIPE,
         env={**os.environ, **threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
     )
+    seconds = limits.seconds + _START_SECONDS
     with process:
         try:
             if (started := PROCESS_STARTED.get()) is not None:
                 started(process)
-            output, reason = process.communicate(timeout=limits.seconds + _START_SECONDS)
+            output, reason = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise VideoError(f"{name}: {_too_slow(limits)}") from None
+            raise DecoderStopped(
+                f"{name}: its decoder had no processor for most of {seconds:g} seconds, this "
+                "machine is busy; try again"
+            ) from None
         except BaseException:
             process.kill()
             raise
     if process.returncode == REFUSED:
         raise VideoError(f"{name}: {reason.decode('utf-8', 'replace')}")
-    if process.returncode in _OUT_OF_TIME:
-        raise VideoError(f"{name}: {_too_slow(limits)}")
+    if process.returncode == _OUT_OF_TIME:
+        raise VideoError(
+            f"{name}: takes more than {limits.seconds:g} seconds of a processor to decode; give a "
+            "shorter or smaller clip"
+        )
+    if process.returncode == _KILLED:
+        raise DecoderStopped(
+            f"{name}: its decoder was killed, perhaps for want of memory on this machine; try again"
+        )
     if process.returncode:
         raise VideoError(f"{name}: damaged; its decoder failed")
     return output
-
-
-def _too_slow(limits: VideoLimits) -> str:
-    return f"takes more than {limits.seconds:g} seconds to decode"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from uvicorn.server import ServerState
 
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.config import ConnectionLimits
+from neounify.serve.http.connections import PIECE_BYTES, BoundedProtocol, server_config
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.program import TaskEvent, TextPiece
+from neounify.tasks.program import Finished, TaskEvent, TextPiece
 from serve.http.test_middleware import connected
 from support.http_server import running, wait_until
 from support.scripted_service import Scripted
@@ -149,3 +153,111 @@ def test_a_client_that_never_reads_is_given_up() -> None:
         caller.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: service.open == 1)
         wait_until(lambda: service.open == 0)
+
+
+def test_a_client_that_reads_slowly_gets_the_whole_answer() -> None:
+    count, size, seconds = 0, 24 * 2**20, 9
+
+    def answer(_: ServiceRequest, __: int) -> list[TaskEvent]:
+        return [TextPiece("x" * size), Finished("stop", 1, 1)]
+
+    config = HttpConfig(connections=ConnectionLimits(write=5.0))
+    with running(create_app(Scripted(answer), config)) as url, connected(url) as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        body = b'{"messages": [{"role": "user", "content": "x"}]}'
+        head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        caller.sendall(head + body)
+        caller.settimeout(30)
+        started = time.monotonic()
+        while count < size:
+            piece = caller.recv(2**20)
+            assert piece, f"the connection ended after {count} bytes"
+            count += len(piece)
+            time.sleep(max(0.0, started + seconds * count / size - time.monotonic()))
+
+
+class _Clock:
+    """A loop whose time the test sets."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 0.0, lambda: None
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, _: float, tick: Any) -> None:
+        self.tick = tick
+
+
+class _Transport:
+    """A transport with bytes that were not read."""
+
+    unread, closing, aborted = 0, False, False
+
+    def get_extra_info(self, _: str) -> None:
+        """Nothing is known."""
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_only_a_client_that_reads_nothing_is_given_up(closing: bool) -> None:
+    clock, transport = _Clock(), _Transport()
+    config = HttpConfig(connections=ConnectionLimits(write=30.0, head=1e6))
+    options: Any = {"server_state": ServerState(), "app_state": {}, "_loop": clock}
+    protocol: Any = BoundedProtocol(
+        http=config, config=server_config(create_app(Scripted(), config), config), **options
+    )
+    protocol.connection_made(transport)
+
+    def passes(seconds: int) -> bool:
+        """Whether the connection lasts."""
+        for _ in range(seconds):
+            clock.now += 1
+            clock.tick()
+            if transport.aborted:
+                return False
+        return True
+
+    assert passes(100)
+    transport.unread, transport.closing = 40 * 2**20, closing
+    if not closing:
+        protocol.pause_writing()
+    for _ in range(20):
+        transport.unread -= 2**20
+        assert passes(25)
+    if not closing:
+        protocol.resume_writing()
+        assert passes(100)
+        protocol.pause_writing()
+        assert passes(25)
+    assert not passes(10)
+
+
+def test_files_are_sent_in_pieces() -> None:
+    app = create_app(Scripted())
+    pieces: list[int] = []
+
+    async def measured(scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            pieces.append(len(message.get("body", b"")))
+            await send(message)
+
+        await app(scope, receive, counted)
+
+    file = bytes(range(256)) * 3000
+    name = app.state.server.results.put(file, "image/png", "png")
+    answer = TestClient(measured).get(f"/v1/results/{name}")
+    assert answer.content == file
+    assert answer.headers["content-length"] == str(len(file))
+    assert (max(pieces), sum(pieces)) == (PIECE_BYTES, len(file))
+    pieces.clear()
+    head = TestClient(measured).head(f"/v1/results/{name}")
+    assert (head.headers["content-length"], sum(pieces)) == (str(len(file)), 0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from neounify.errors import RequestError
 from neounify.pipeline.videos import read_condition
 from neounify.provenance.metadata import read_packet, read_provenance
 from neounify.serve.http import HttpConfig, Limits, create_app
@@ -74,6 +75,16 @@ def test_clips_that_cannot_be_continued_are_errors(condition: str, words: str) -
     assert words in error["message"]
 
 
+@pytest.mark.parametrize("sound", [False, True])
+def test_the_sound_of_a_clip_is_not_continued(sound: bool) -> None:
+    condition = data_url(clip_bytes(numbered(6), fps=16, sound=sound))
+    with TestClient(create_app(Scripted(clip, CONTINUES))) as client:
+        answer = client.post("/v1/videos", json={"prompt": "x", **SMALL, "condition": condition})
+    assert answer.status_code == 200, answer.text
+    wanted = "condition: the clip: its sound is not heard" if sound else None
+    assert answer.headers.get("neounify-warning") == wanted
+
+
 def test_the_callers_prompt_is_written_of_a_clip_that_is_continued() -> None:
     config = HttpConfig(metadata_prompts=True)
     with TestClient(create_app(Scripted(clip, CONTINUES), config)) as client:
@@ -109,6 +120,9 @@ def test_a_clip_is_not_read_for_a_request_that_is_refused(
         read.append(url)
         return []
 
+    def too_much(*_: Any) -> None:
+        raise RequestError("more than the limits can ever admit")
+
     monkeypatch.setattr("neounify.serve.http.input_videos.read_condition_url", counted)
     limits = Limits(video_jobs=1)
     body = {**SMALL, "prompt": "slow", "condition": "data:video/mp4;base64,AAAA"}
@@ -120,6 +134,9 @@ def test_a_clip_is_not_read_for_a_request_that_is_refused(
             {"prompt": "a <video>"},
         ):
             assert client.post("/v1/videos", json={**body, **wrong}).status_code == 400
+        with monkeypatch.context() as patch:
+            patch.setattr(Scripted, "check_together", too_much)
+            assert client.post("/v1/videos", json=body).status_code == 400
         assert not read
         assert client.post("/v1/videos", json=body).status_code == 200
         assert client.post("/v1/videos", json=body).status_code == 429

@@ -26,7 +26,8 @@ def test_nothing_but_answers_and_refusals(case: schemathesis.Case) -> None:
     response = case.call()
     if response.status_code == 504:  # of a deadline of next to nothing
         assert response.json()["error"]["code"] == "deadline_exceeded"
-        assert case.body["deadline"] < 1
+        assert isinstance(case.body, dict)
+        assert float(str(case.body["deadline"])) < 1
     else:
         case.validate_response(response, checks=[not_a_server_error])
     if response.status_code >= 400:

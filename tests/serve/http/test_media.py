@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError, RequestError
-from neounify.serve.http import HttpConfig, create_app
+from neounify.serve.http import HttpConfig, create_app, media
 from neounify.serve.http.errors import ApiError
 from neounify.serve.http.media import MediaFetcher, ResultStore, is_public
 from neounify.serve.http.uploads import UploadBytes
@@ -144,9 +145,29 @@ def test_fetched_bytes_count_while_they_are_used() -> None:
 def test_a_slow_server_is_given_up() -> None:
     with neighbour() as (port, _):
         started = time.monotonic()
-        with pytest.raises(ImageError, match=r"more than 0\.5 seconds"):
+        with pytest.raises(ImageError, match=r"more than 0\.5 seconds; send the image as a data"):
             asyncio.run(fetched(fetcher_for(port, seconds=0.5), f"http://{HOST}:{port}/drip"))
         assert time.monotonic() - started < 5
+
+
+def test_certificates_are_read_once_and_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[threading.Thread] = []
+    create = ssl.create_default_context
+
+    def counted() -> ssl.SSLContext:
+        threads.append(threading.current_thread())
+        return create()
+
+    monkeypatch.setattr(ssl, "create_default_context", counted)
+    media._tls_context.cache_clear()
+    with neighbour() as (port, _):
+        for _ in range(2):
+            with pytest.raises(ImageError, match="could not be fetched"):
+                asyncio.run(fetched(fetcher_for(port), f"https://{HOST}:{port}/image.png"))
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
+from neounify.runtime import MemoryReturner
 from neounify.serve.http import HttpConfig, Limits, create_app, parse_keys
 from neounify.serve.http.middleware import TokenBucket
 from neounify.serve.service import ServiceRequest
@@ -117,6 +118,15 @@ def test_requests_at_a_time(config: HttpConfig, code: str) -> None:
 
 def messages() -> Any:
     return BODY["messages"]
+
+
+def test_memory_is_returned_after_small_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may name large files by URL."""
+    runs: list[MemoryReturner] = []
+    monkeypatch.setattr(MemoryReturner, "is_due", True)
+    monkeypatch.setattr(MemoryReturner, "run", lambda self: runs.append(self))
+    assert TestClient(create_app(Scripted())).get("/v1/models").status_code == 200
+    assert len(runs) == 1
 
 
 def test_large_bodies_are_refused_before_and_while_they_are_read() -> None:

@@ -5,27 +5,42 @@ from __future__ import annotations
 import errno
 import io
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 import av
+import numpy as np
 import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from neounify.config.presets import TINY
-from neounify.errors import DeadlineExceeded, Overloaded
+from neounify.errors import DeadlineExceeded, EngineDied, Overloaded
 from neounify.provenance.metadata import read_packet
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.replicas import replica_http
+from neounify.serve.safety.hooks import Hooks, Refused
 from neounify.serve.service import ServiceRequest
 from neounify.video.boxes import find_xmp
-from support.http_server import openai_client
+from support.http_server import openai_client, wait_until
 from support.pixelumm import SMALL as PIXELUMM
 from support.scripted_service import Scripted
-from support.video_server import CONTINUES, SLOW, SMALL, clip, described, finished, service, until
+from support.video_server import (
+    BY_FRAME,
+    CONTINUES,
+    SLOW,
+    SMALL,
+    clip,
+    clip_by_frame,
+    described,
+    finished,
+    service,
+    until,
+)
 
 
 @pytest.fixture
@@ -216,18 +231,37 @@ def test_an_error_of_the_generation_is_the_jobs() -> None:
         assert content.status_code == 409
 
 
-def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [Overloaded("full", 0.01), EngineDied("is being started")])
+def test_a_server_that_is_full_or_starts_an_engine_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     calls = []
+    monkeypatch.setattr("neounify.serve.http.videos._RETRY_SECONDS", 0.01)
 
     def busy(request: ServiceRequest, previews: int) -> Iterable[Any]:
         calls.append(request)
         if len(calls) < 3:
-            return [Overloaded("full", 0.01)]
+            return [error]
         return clip(request, previews)
 
     with TestClient(create_app(service(busy))) as client:
         assert finished(client)["status"] == "completed"
         assert len(calls) == 3
+
+
+def test_a_job_whose_engine_ends_is_not_begun_again() -> None:
+    """It may be what the engine ended of."""
+    calls = []
+
+    def ending(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        calls.append(request)
+        yield next(iter(clip(request, previews)))
+        yield EngineDied("the engine ended while it worked on the request")
+
+    with TestClient(create_app(service(ending))) as client:
+        video = finished(client)
+    assert (video["status"], video["error"]["code"]) == ("failed", "engine_restarting")
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -360,3 +394,80 @@ def test_pages_of_the_list(client: TestClient) -> None:
     assert ([v["id"] for v in rest["data"]], rest["has_more"]) == (ids[2:], False)
     newest = client.get("/v1/videos").json()["data"]
     assert [v["id"] for v in newest] == ids[::-1]
+
+
+@pytest.mark.parametrize("end", ["deleted", "deadline", "shutdown"])
+def test_encoding_ends_when_it_is_not_wanted_any_more(
+    monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    begun, may_continue = threading.Event(), threading.Event()
+    ends: list[tuple[str, int, type[BaseException]]] = []
+
+    def encoded(frames: Iterable[Any], *_: Any) -> bytes:
+        count = 0
+        try:
+            for _ in frames:
+                count += 1
+                begun.set()
+                assert may_continue.wait(60)
+        except BaseException as error:
+            ends.append((threading.current_thread().name[:6], count, type(error)))
+            raise
+        return b"clip"
+
+    monkeypatch.setattr("neounify.serve.http.videos.video_bytes", encoded)
+    config = HttpConfig(video_deadline=6 if end == "deadline" else 600)
+    with TestClient(create_app(service(), config)) as client:
+        path = f"/v1/videos/{client.post('/v1/videos', json={'prompt': 'x', **SMALL}).json()['id']}"
+        assert begun.wait(60)
+        if end == "deleted":
+            assert client.delete(path).status_code == 200
+            assert client.get(path).status_code == 404
+        elif end == "deadline":
+            video = until(client, path.rpartition("/")[2], lambda v: v["status"] == "failed")
+            assert video["error"]["code"] == "deadline_exceeded"
+    may_continue.set()
+    wait_until(lambda: bool(ends))
+    assert ends == [("encode", 1, CancelledError)]
+
+
+def test_frames_are_put_in_their_places() -> None:
+    with TestClient(create_app(Scripted(clip_by_frame, BY_FRAME))) as client:
+        video = finished(client)
+        assert (video["status"], video["evaluations"]) == ("completed", 8.0)
+        content = f"/v1/videos/{video['id']}/content"
+        with av.open(io.BytesIO(client.get(content).content)) as container:
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert [round(float(frame.mean()) / 30) for frame in frames] == list(range(8))
+        thumbnail = client.get(content, params={"variant": "thumbnail"}).content
+        assert np.asarray(Image.open(io.BytesIO(thumbnail))).max() <= 2
+
+
+def test_a_hook_that_refuses_a_middle_frame_ends_the_job() -> None:
+    shown: list[int] = []
+
+    class NoFourth:
+        def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
+            """Allow all."""
+
+        def check_image(self, image: Image.Image) -> None:
+            shown.append(np.asarray(image).max() // 30)
+            if shown[-1] == 3:
+                raise Refused("the fourth", "it is not shown here.")
+
+    generated: list[int] = []
+
+    def counted(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        for event in clip_by_frame(request, previews):
+            generated.append(getattr(event, "first", -1))
+            yield event
+
+    scripted = Scripted(counted, BY_FRAME)
+    with TestClient(create_app(scripted, hooks=Hooks([NoFourth()]))) as client:
+        video = finished(client)
+        assert (video["status"], video["error"]["code"]) == ("failed", "content_policy_violation")
+        assert shown == generated == [0, 7, 3]
+        assert scripted.open == 0
+        for variant in ("video", "thumbnail"):
+            content = f"/v1/videos/{video['id']}/content"
+            assert client.get(content, params={"variant": variant}).status_code == 409

@@ -8,7 +8,7 @@ frame shows, then it as an image: shapes at any place are learned from it at a t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from neounify.motion.world.questions import (
 from neounify.motion.world.render import render_motion
 from neounify.motion.world.scene import (
     FPS,
+    MOTION_KINDS,
     MOTION_PRESETS,
     MotionConfig,
     MotionKind,
@@ -74,6 +75,7 @@ class MotionData(DataConfig):
     tubes: bool = True
     shown_fps: float = SHOWN_FPS
     questions: dict[MotionQuestionKind, NonNegative] | None = None
+    kinds: tuple[MotionKind, ...] = MOTION_KINDS
     seed: Seed = 0
     split: Split = "train"
 
@@ -87,6 +89,8 @@ class MotionData(DataConfig):
                 raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
         if self.questions is not None and not any(self.questions.values()):
             raise ValueError(f"questions: one share must be above 0, got {self.questions}")
+        if not self.kinds:
+            raise ValueError(f"kinds: at least one of {', '.join(MOTION_KINDS)}")
 
     def build(self) -> MotionDataset:
         return MotionDataset(
@@ -96,6 +100,7 @@ class MotionData(DataConfig):
             tubes=self.tubes,
             shown_fps=self.shown_fps or None,
             questions=self.questions,
+            kinds=self.kinds,
             split=self.split,
         )
 
@@ -123,6 +128,7 @@ class MotionDataset(EndlessSource):
             divisor of `FPS`. None: all frames, in tubes.
         questions: shares of the kinds that the first question about a clip has; None draws a clip
             first and then any kind that it allows, which seldom is one of `which` and `colour`.
+        kinds: motions of the first shape of clips that are generated or captioned.
         split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
     """
 
@@ -135,6 +141,7 @@ class MotionDataset(EndlessSource):
         tubes: bool = True,
         shown_fps: float | None = SHOWN_FPS,
         questions: Mapping[MotionQuestionKind, float] | None = None,
+        kinds: Sequence[MotionKind] = MOTION_KINDS,
         split: Split = "train",
     ) -> None:
         weights = dict(task_weights if task_weights is not None else MOTION_TASKS)
@@ -146,7 +153,7 @@ class MotionDataset(EndlessSource):
             )
         self.seed, self.config, self.task_weights = seed, config, weights
         self.tubes, self.shown_fps = tubes, shown_fps
-        self.questions = questions
+        self.questions, self.kinds = questions, kinds
         self._step = 1 if shown_fps is None else frame_step(shown_fps)
         self.split: Split = split
 
@@ -163,14 +170,17 @@ class MotionDataset(EndlessSource):
         turns = makers[task](rng)
         return Sample(task, turns, id=f"motion-{self.seed}-{index}")
 
+    def _scene(self, rng: np.random.Generator) -> MotionScene:
+        return sample_motion(rng, self.config, self.split, kinds=self.kinds)
+
     def _t2v(self, rng: np.random.Generator) -> tuple[Turn, ...]:
-        scene = sample_motion(rng, self.config, self.split)
+        scene = self._scene(rng)
         prompt = SampleText(motion_caption(draw_facts(scene, rng), rng))
         clip = render_motion(scene, self.config)
         return Turn("user", (prompt,)), Turn("assistant", (SampleClip(clip, "target", FPS),))
 
     def _t2i(self, rng: np.random.Generator) -> tuple[Turn, ...]:
-        scene = sample_motion(rng, self.config, self.split)
+        scene = self._scene(rng)
         frame = int(rng.integers(scene.frames))
         prompt = SampleText(frame_caption(scene, frame, rng))
         image = SampleImage(render_motion(scene, self.config)[frame], "target")
@@ -202,7 +212,7 @@ class MotionDataset(EndlessSource):
         raise DataError(f"no clip in {_MAX_TRIES} allows a question of kind {kind!r}")
 
     def _video_caption(self, rng: np.random.Generator) -> tuple[Turn, ...]:
-        scene = sample_motion(rng, self.config, self.split)
+        scene = self._scene(rng)
         clip = self._watched(render_motion(scene, self.config))
         caption = motion_caption(motion_facts(scene), rng)
         return (

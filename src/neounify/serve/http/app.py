@@ -168,7 +168,7 @@ def _state(
             uploads=uploads,
             medium="video",
         ),
-        clip_decoder=ClipDecoder(config.limits.video_requests),
+        clip_decoder=ClipDecoder(config.limits.video_requests, len(config.keys)),
         videos=VideoJobs(
             max_unfinished=config.limits.video_jobs,
             max_bytes=config.result_bytes,

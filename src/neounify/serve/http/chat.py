@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from neounify.serve.http.chat_schema import (
@@ -22,13 +22,14 @@ from neounify.serve.http.chat_schema import (
     Part,
 )
 from neounify.serve.http.completions import Choice, TextAnswer, for_each_answer, of_chat
-from neounify.serve.http.connections import BoundedRoute
+from neounify.serve.http.connections import BoundedRoute, add_warnings
 from neounify.serve.http.errors import bad_request
 from neounify.serve.http.fields import blame, seeds_of
 from neounify.serve.http.serving import (
     EVENTS,
     ServerState,
     State,
+    account_of,
     off_loop,
     to_base64,
 )
@@ -95,8 +96,13 @@ def _kind(piece: Piece) -> str:
     return "text" if isinstance(piece, str) else "image"
 
 
-async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
-    """The messages of a body. Raises ApiError for misplaced or unreadable images and clips."""
+async def read_turns(
+    body: ChatBody, state: ServerState, caller: str, warnings: list[str]
+) -> list[ChatTurn]:
+    """The messages of a body. Raises ApiError for misplaced or unreadable images and clips.
+
+    `warnings` gets those about clips.
+    """
     parts_of_messages = await off_loop(
         lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
         body.text_size,
@@ -108,7 +114,7 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
         if isinstance(part, ChatImagePart)
     ]
     images = iter(await state.read_images(urls, "messages"))
-    clips = iter(await _read_clips(body, parts_of_messages, state))
+    clips = iter(await _read_clips(body, parts_of_messages, state, caller, warnings))
     turns, line = [], TEMPLATES[state.service.config.template].image_line
     for message, parts in zip(body.messages, parts_of_messages, strict=True):
         pieces: list[Piece] = []
@@ -130,19 +136,23 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
 
 
 async def _read_clips(
-    body: ChatBody, parts_of_messages: Sequence[Sequence[Part]], state: ServerState
+    body: ChatBody,
+    parts_of_messages: Sequence[Sequence[Part]],
+    state: ServerState,
+    caller: str,
+    warnings: list[str],
 ) -> Sequence[Frames]:
     sources = [
-        (f"messages.{index}.content", part.video_url.url)
+        (f"messages.{index}.content.{number}", part.video_url.url)
         for index, parts in enumerate(parts_of_messages)
-        for part in parts
+        for number, part in enumerate(parts)
         if isinstance(part, ChatVideoPart)
     ]
     if not sources:
         return ()
     from neounify.serve.http.input_videos import read_videos
 
-    return await read_videos(sources, body.media_io_kwargs.video, state)
+    return await read_videos(sources, body.media_io_kwargs.video, state, caller, warnings)
 
 
 def _parts(message: ChatMessage, index: int) -> list[Part]:
@@ -180,23 +190,33 @@ def _in_lines(pieces: list[Piece], line: str) -> list[Piece]:
 
 
 async def read_chat(
-    body: ChatBody, state: ServerState
+    body: ChatBody, state: ServerState, caller: str, warnings: list[str]
 ) -> Sequence[ChatRequest] | Sequence[InterleaveRequest]:
-    """A request for each of the `n` answers.
+    """A request for each of the `n` answers; `warnings` gets those about clips.
 
     Raises ApiError, PromptError, ImageError, RequestError and Refused.
     """
     state.check_model(body.model)
     state.check_n(body.n)
-    if body.wants_images:
-        body.check_interleaved()
-    turns = await read_turns(body, state)
+    tools = _checked_tools(body, state)
+    # What takes time comes after what does not.
+    turns = await read_turns(body, state, caller, warnings)
     images = [image for turn in turns for image in turn.images]
-    tools = body.tool_use
     await state.check_prompt(_texts(body, turns, tools), images)
     if body.wants_images:
         return [await off_loop(lambda: _interleave_request(body, turns, state), body.text_size)]
     return await off_loop(lambda: _chat_requests(body, turns, tools, state), body.text_size)
+
+
+def _checked_tools(body: ChatBody, state: ServerState) -> ToolUse:
+    """The tools. Raises as `read_chat` does for fields that are wrong whatever the images are."""
+    _max_tokens(body, state)
+    body.sampling(seed=body.seed, logprobs=None if body.wants_images else body.alternatives)
+    if body.wants_images:
+        body.check_interleaved()
+        _max_images(body, state)
+        state.sampling(body, editing=True, steps=body.steps)
+    return body.tool_use
 
 
 def _texts(body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse) -> Iterator[str]:
@@ -235,18 +255,13 @@ def _interleave_request(
         text, history, images = read_request([turn.for_pipeline() for turn in turns], ())
     references = turns[-1].images
     [seed] = seeds_of(body.seed, 1)
-    max_images = state.config.limits.answer_images
-    if body.max_images is not None and body.max_images > max_images:
-        raise bad_request(
-            f"max_images: {body.max_images} is over this server's {max_images}", "max_images"
-        )
     return InterleaveRequest(
         prompt=text,
         history=history,
         sizes=[state.size(body, references[0] if references else None)],
         sampling=state.sampling(body, editing=True, steps=body.steps),
         images=images,
-        max_images=max_images if body.max_images is None else body.max_images,
+        max_images=_max_images(body, state),
         max_new_tokens=_max_tokens(body, state),
         seed=seed,
         negative_prompt=body.negative_prompt,
@@ -254,6 +269,17 @@ def _interleave_request(
         system=system,
         text=body.sampling(seed=seed),
     )
+
+
+def _max_images(body: ChatBody, state: ServerState) -> int:
+    max_images = state.config.limits.answer_images
+    if body.max_images is None:
+        return max_images
+    if body.max_images > max_images:
+        raise bad_request(
+            f"max_images: {body.max_images} is over this server's {max_images}", "max_images"
+        )
+    return body.max_images
 
 
 def _max_tokens(body: ChatBody, state: ServerState) -> int:
@@ -439,7 +465,11 @@ def _markdown(image: dict[str, Any]) -> str:
     response_class=JSONResponse,
     responses={200: {"model": ChatCompletion, "content": EVENTS}},
 )
-async def chat_completions(body: ChatBody, state: State) -> Response:
+async def chat_completions(body: ChatBody, request: Request, state: State) -> Response:
     """Text and images in; text, or with `modalities: ["text", "image"]` both, out."""
-    requests = await state.deadline(body).bound(read_chat(body, state))
-    return await ChatAnswer(body, [requests], state, _Choice).response()
+    warnings: list[str] = []
+    reading = read_chat(body, state, account_of(request), warnings)
+    requests = await state.deadline(body).bound(reading)
+    response = await ChatAnswer(body, [requests], state, _Choice).response()
+    add_warnings(response, warnings)
+    return response

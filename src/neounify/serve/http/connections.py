@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from neounify.runtime import return_freed_memory
@@ -31,6 +31,8 @@ from neounify.serve.http.middleware import HEADERS
 MAX_CHUNKS, MIN_CHUNK_BYTES = 5000, 256
 """Maximum chunks of one body, and minimum bytes per further chunk on average: each chunk takes as
 much time as kilobytes of a larger one."""
+PIECE_BYTES = 256 * 1024
+"""Bytes of a piece of a file that is sent."""
 _LENGTH = re.compile(rb"^content-length[ \t]*:([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 2.0
@@ -94,7 +96,7 @@ class BoundedProtocol(H11Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._awaits_head_since: float | None = None
         self._unread_since: float | None = None
-        self._closing_since: float | None = None
+        self._unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuses a connection over the limit with 503."""
@@ -137,11 +139,6 @@ class BoundedProtocol(H11Protocol):
             self._unset_keepalive_if_required()
             self._awaits_head_since = self.loop.time()
 
-    def pause_writing(self) -> None:
-        """The client reads more slowly than the answer comes."""
-        self._unread_since = self.loop.time()
-        super().pause_writing()
-
     def resume_writing(self) -> None:
         """The client has read."""
         self._unread_since = None
@@ -157,11 +154,7 @@ class BoundedProtocol(H11Protocol):
 
     def _tick(self) -> None:
         now = self.loop.time()
-        if self.transport.is_closing():
-            self._closing_since = self._closing_since or now
-        if _over(self._closing_since, self._limits.write, now) or _over(
-            self._unread_since, self._limits.write, now
-        ):
+        if self._is_unread(now):
             self.transport.abort()
             return
         if _over(self._awaits_head_since, self._limits.head, now):
@@ -172,6 +165,16 @@ class BoundedProtocol(H11Protocol):
             else:
                 self.transport.close()
         self._watch = self.loop.call_later(_TICK_SECONDS, self._tick)
+
+    def _is_unread(self, now: float) -> bool:
+        """Whether the client has read nothing of a waiting answer for too long."""
+        unread = self.transport.get_write_buffer_size()
+        if not (self.flow.write_paused or self.transport.is_closing()):
+            self._unread_since = None
+        elif self._unread_since is None or unread < self._unread_bytes:
+            self._unread_since = now
+        self._unread_bytes = unread
+        return _over(self._unread_since, self._limits.write, now)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer instead of the app, and close."""
@@ -187,6 +190,27 @@ class BoundedProtocol(H11Protocol):
 
 def _over(since: float | None, seconds: float, now: float) -> bool:
     return since is not None and now - since > seconds
+
+
+class PiecesResponse(Response):
+    """Response that sends its body in pieces, each when the client has read those before.
+
+    So a client that reads slowly costs no second copy of a large file.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        for first in range(0, len(self.body), PIECE_BYTES):
+            piece = self.body[first : first + PIECE_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def add_warnings(response: Response, warnings: Sequence[str]) -> None:
+    """Put warnings about an answer into its head, where there are any."""
+    if warnings:
+        response.headers["Neounify-Warning"] = "; ".join(warnings)
 
 
 class BoundedRequest(Request):

@@ -15,10 +15,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Deadline:
-    """End of a request's time: `seconds` after `begin`, a time of time.monotonic."""
+    """End of a request's time: `seconds` after `begin`, a time of time.monotonic.
+
+    `is_servers` where it is the server's own limit, which the caller cannot raise.
+    """
 
     seconds: float
     begin: float = field(default_factory=time.monotonic)
+    is_servers: bool = False
 
     @property
     def left(self) -> float:
@@ -27,9 +31,10 @@ class Deadline:
 
     @property
     def error(self) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"The request took more than {self.seconds:g} seconds; ask for less or allow more."
-        )
+        advice = "ask for less or allow more"
+        if self.is_servers:
+            advice = "the server is busy; try again, or ask for less"
+        return DeadlineExceeded(f"The request took more than {self.seconds:g} seconds; {advice}.")
 
     async def bound(self, work: Awaitable[Result]) -> Result:
         """The result of `work`, which is cancelled at the deadline. Raises DeadlineExceeded."""

@@ -19,6 +19,7 @@ from starlette.routing import Match, Mount
 
 from neounify.errors import (
     DeadlineExceeded,
+    DecoderStopped,
     Draining,
     EngineDied,
     ImageError,
@@ -115,6 +116,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def overloaded(message: str, retry_after: float) -> ApiError:
+    """An ApiError 429: the same request may succeed in `retry_after` seconds."""
+    return ApiError(
+        429, message, kind="rate_limit_error", code="overloaded", retry_after=retry_after
+    )
+
+
 @dataclass(frozen=True)
 class _Answer:
     status: int
@@ -123,10 +131,11 @@ class _Answer:
     message: str | None = None
 
 
-# `message` None: the error's own, where it is written for callers.
+# `message` None: the error's own, where it is written for callers. Subclasses come first.
 _KNOWN: dict[type[NeounifyError], _Answer] = {
     PromptError: _Answer(400, INVALID, "invalid_prompt"),
     ImageError: _Answer(400, INVALID, "invalid_image"),
+    DecoderStopped: _Answer(503, "server_error", "decoder_stopped"),
     VideoError: _Answer(400, INVALID, "invalid_video"),
     RequestError: _Answer(400, INVALID, "invalid_value"),
     Refused: _Answer(400, INVALID, "content_policy_violation"),
@@ -207,8 +216,8 @@ def sanitise(message: str) -> str:
 def _retry_after(error: BaseException) -> float | None:
     if isinstance(error, Overloaded):
         return error.retry_after
-    unavailable = isinstance(error, EngineDied | OutOfMemory | TensorsGone | Draining)
-    return RETRY_SECONDS if unavailable else None
+    unavailable = EngineDied | OutOfMemory | TensorsGone | Draining | DecoderStopped
+    return RETRY_SECONDS if isinstance(error, unavailable) else None
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -140,10 +140,15 @@ class Fields(BaseModel):
                 if not _is_one_of(value, cls.only[name]):
                     raise _unsupported(name, cls.only[name], known)
             elif name not in cls.without_effect:
-                name = name[:80]
-                message = f"{name}: this field is not known{suggestion(name, known)}"
-                raise bad_request(message, name, "invalid_value")
+                raise unknown_field(name, known)
         return kept
+
+
+def unknown_field(name: str, known: Collection[str], inside: str = "") -> ApiError:
+    """The error for a field that is none of `known`; `inside` is the path in front of its name."""
+    path = f"{inside}{name}"[:80]
+    message = f"{path}: this field is not known{suggestion(name, known)}"
+    return bad_request(message, path, "invalid_value")
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
@@ -172,7 +177,9 @@ class RequestFields(Fields):
 
     def deadline_within(self, max_seconds: float) -> Deadline:
         """The request's own deadline, or `max_seconds` after the body had arrived if earlier."""
-        return Deadline(min(self.deadline or max_seconds, max_seconds), self._begin)
+        if self.deadline is None or self.deadline >= max_seconds:
+            return Deadline(max_seconds, self._begin, is_servers=True)
+        return Deadline(self.deadline, self._begin)
 
 
 class ImageFields(RequestFields):

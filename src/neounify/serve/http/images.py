@@ -19,7 +19,12 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.image.pixels import size_advice
 from neounify.serve.http.config import MEBIBYTE
-from neounify.serve.http.connections import BoundedRoute, check_json_type
+from neounify.serve.http.connections import (
+    BoundedRoute,
+    PiecesResponse,
+    add_warnings,
+    check_json_type,
+)
 from neounify.serve.http.errors import ApiError, bad_request
 from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, blame, seeds_of
 from neounify.serve.http.serving import (
@@ -448,7 +453,7 @@ async def results(name: str, state: State) -> Response:
         )
     seconds = state.results.seconds_left(result)
     headers = {"Cache-Control": f"private, max-age={seconds}"}
-    return Response(result.data, media_type=result.media_type, headers=headers)
+    return PiecesResponse(result.data, media_type=result.media_type, headers=headers)
 
 
 async def _generate(
@@ -457,6 +462,5 @@ async def _generate(
     answer = ImagesAnswer(body, request, state)
     response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)
     advice = size_advice(state.service.config, request.width, request.height)
-    if advice is not None:
-        response.headers["Neounify-Warning"] = advice
+    add_warnings(response, [] if advice is None else [advice])
     return response

@@ -1,4 +1,4 @@
-"""Input images: decoding within limits, data URLs, fetching; results kept behind URLs.
+"""Input images: decoding within limits; data URLs and fetching, of clips too; stored results.
 
 Clients often write data URLs otherwise than RFC 2397. Fetching is off unless the operator names the
 hosts, because a URL can make the server call its own neighbours: the host must be on the list,
@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
@@ -358,7 +359,8 @@ class MediaFetcher:
             return await within(self._follow(url, count), self._seconds)
         except TimeoutError:
             raise ImageError(
-                f"the {self._medium} URL took more than {self._seconds:g} seconds"
+                f"the {self._medium} URL took more than {self._seconds:g} seconds; send the "
+                f"{self._medium} as a data URL, or a smaller file"
             ) from None
         except (OSError, h11.ProtocolError, UnicodeError) as error:
             raise ImageError(f"the {self._medium} URL could not be fetched") from error
@@ -389,7 +391,7 @@ class MediaFetcher:
     async def _get(self, target: _Target, count: Callable[[int], None]) -> tuple[bytes, str | None]:
         """(body, location of a redirect or None)."""
         address = await self._address(target)
-        tls = ssl.create_default_context() if target.secure else None
+        tls = await asyncio.to_thread(_tls_context) if target.secure else None
         name = target.host if target.secure else None
         reader, writer = await asyncio.open_connection(
             address, target.port, ssl=tls, server_hostname=name
@@ -431,7 +433,8 @@ class MediaFetcher:
             elif isinstance(event, h11.Data):
                 if len(body) + len(event.data) > self._max_bytes:
                     raise ImageError(
-                        f"the {self._medium} URL holds more than {self._max_bytes} bytes"
+                        f"the {self._medium} URL holds more than {self._max_bytes} bytes; "
+                        "send a smaller file"
                     )
                 count(len(event.data))
                 body += event.data
@@ -439,6 +442,12 @@ class MediaFetcher:
                 return bytes(body), None
             elif not isinstance(event, h11.InformationalResponse):
                 raise ImageError(f"the {self._medium} URL could not be fetched")
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """The system's certificates, whose reading takes long enough to be done in a thread once."""
+    return ssl.create_default_context()
 
 
 def _split(url: str, medium: Medium) -> tuple[SplitResult, int]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from neounify.runtime import MemoryReturner
 from neounify.serve.client import within
 from neounify.serve.http.config import ANY, HttpMetrics, Limits
-from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
+from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, overloaded
 from neounify.serve.http.uploads import UploadBytes
 
 API = "/v1/"
@@ -33,8 +33,6 @@ CLIENT_GONE = 499
 """Status in metrics, never sent, of a request whose client disconnected."""
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 """Methods that metrics name; clients may send any other word."""
-LARGE_BODY = 64 * 1024
-"""Bytes of a body above which freed memory is returned to the system after its request."""
 EVERYBODY = "everybody"
 """The name of the only account of a server without keys."""
 _log = logging.getLogger(__name__)
@@ -120,8 +118,7 @@ class LimitMiddleware:
                 await _until_gone(self._app, scope, body, answer.send)
             if body.cut_off:  # whatever the app answered to the part that had arrived
                 answer.status = CLIENT_GONE
-            large = body.bytes >= LARGE_BODY
-        if large and self._memory.is_due:
+        if self._memory.is_due:
             await asyncio.to_thread(self._memory.run)
 
     def _admit(self, scope: Scope, stack: ExitStack) -> None:
@@ -131,12 +128,8 @@ class LimitMiddleware:
             return
         account = self._accounts.find(headers.get("authorization"))
         if self._in_flight >= self._limits.in_flight:
-            raise ApiError(
-                429,
-                f"The server answers {self._in_flight} requests, its limit; try again soon.",
-                kind="rate_limit_error",
-                code="overloaded",
-                retry_after=1.0,
+            raise overloaded(
+                f"The server answers {self._in_flight} requests, its limit; try again soon.", 1.0
             )
         stack.enter_context(account.use())
         scope.setdefault("state", {})["account"] = account.name

@@ -270,6 +270,11 @@ State = Annotated[ServerState, Depends(_state_of)]
 """The ServerState as an argument of a route."""
 
 
+def account_of(request: Request) -> str:
+    """The name of the caller's account."""
+    return str(request.state.account)
+
+
 # --- events of the service ---
 
 

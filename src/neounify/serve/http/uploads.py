@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from neounify.serve.http.errors import ApiError
+from neounify.serve.http.errors import overloaded
 
 
 class UploadBytes:
@@ -18,13 +18,10 @@ class UploadBytes:
     def add(self, count: int) -> None:
         """Raises ApiError 429 above the limit."""
         if self.bytes + count > self._max_bytes:
-            raise ApiError(
-                429,
+            raise overloaded(
                 "The bodies and fetched files of all requests together exceed "
                 f"{self._max_bytes} bytes; try again soon.",
-                kind="rate_limit_error",
-                code="overloaded",
-                retry_after=2.0,
+                2.0,
             )
         self.bytes += count
 

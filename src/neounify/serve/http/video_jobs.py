@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
+from neounify.serve.http.decoders import MediaThread
 from neounify.serve.http.errors import ApiError
 from neounify.tasks.image import ImageRequest
 
+Result = TypeVar("Result")
 MAX_FINISHED = 10_000
 """Finished jobs that are kept, those without files too."""
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -53,6 +57,20 @@ class VideoJob:
         return len(self.file or b"") + len(self.thumbnail or b"") + texts
 
 
+class VideoEncoder(MediaThread):
+    """The thread that encodes all videos of a server."""
+
+    name = "encode"
+
+    async def run_wanted(self, work: Callable[[threading.Event], Result]) -> Result:
+        """The result of `work`, whose event is set when the caller no longer waits for it."""
+        gone = threading.Event()
+        try:
+            return await self.run(partial(work, gone))
+        finally:
+            gone.set()
+
+
 class VideoJobs:
     """All jobs of a server, oldest first: `max_unfinished` of an owner at a time.
 
@@ -70,6 +88,7 @@ class VideoJobs:
         self._max_unfinished, self._max_bytes = max_unfinished, max_bytes
         self._seconds, self._clock = seconds, clock
         self._jobs: dict[str, VideoJob] = {}
+        self.encoder = VideoEncoder()
 
     def start(
         self,
@@ -137,6 +156,7 @@ class VideoJobs:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._jobs.clear()
+        self.encoder.close()
 
     def _drop_old(self) -> None:
         now = self._clock()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import aclosing
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
@@ -18,10 +22,15 @@ from pydantic import Field
 from starlette.requests import Request
 
 from neounify.config import ModelConfig
-from neounify.errors import DeadlineExceeded, Overloaded
+from neounify.errors import DeadlineExceeded, EngineDied, Overloaded
 from neounify.provenance.metadata import write_packet
 from neounify.serve.http.abilities import check_video_files, check_video_jobs
-from neounify.serve.http.connections import BoundedRoute, check_json_type
+from neounify.serve.http.connections import (
+    BoundedRoute,
+    PiecesResponse,
+    add_warnings,
+    check_json_type,
+)
 from neounify.serve.http.deadline import Deadline
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import (
@@ -33,12 +42,12 @@ from neounify.serve.http.fields import (
 )
 from neounify.serve.http.images import form_values, validated
 from neounify.serve.http.metadata import request_metadata
-from neounify.serve.http.serving import ServerState, State
+from neounify.serve.http.serving import ServerState, State, account_of
 from neounify.serve.http.video_jobs import Status, VideoJob
 from neounify.tasks.image import ImageRequest, check_prompts
 from neounify.tasks.program import ClipFrames, FramesFinished, Preview
 from neounify.tasks.video import after_clip, clip_shape
-from neounify.video.clip import Video
+from neounify.video.clip import Video, video_bytes
 
 log = logging.getLogger("neounify.serve")
 router = APIRouter(
@@ -82,8 +91,10 @@ class VideoBody(ImageFields):
     )
 
 
-async def read_video_request(body: VideoBody, owner: str, state: ServerState) -> ImageRequest:
-    """The request of a video, checked.
+async def read_video_request(
+    body: VideoBody, owner: str, state: ServerState, warnings: list[str]
+) -> ImageRequest:
+    """The request of a video, checked; `warnings` gets those about the clip it continues.
 
     Raises ApiError, PromptError, RequestError, ImageError and Refused.
     """
@@ -125,16 +136,16 @@ async def read_video_request(body: VideoBody, owner: str, state: ServerState) ->
         negative_prompt=body.negative_prompt,
     )
     await asyncio.to_thread(check_prompts, state.service.processor, request)
+    state.service.check_together([request])
     shown: Sequence[Image] = ()
     if body.condition is not None:  # what takes time comes after what does not
         from neounify.serve.http.input_videos import read_condition_url
 
         state.videos.check(owner)
-        shown = await read_condition_url(body.condition, fps, state)
+        shown = await read_condition_url(body.condition, fps, state, owner, warnings)
         before = clip_shape(config, size, frames, fps, shown).condition
         request = replace(request, prompt=after_clip(before, body.prompt), condition=before)
     await state.check_prompt(filter(None, (body.prompt, body.negative_prompt)), shown)
-    state.service.check_together([request])
     return request
 
 
@@ -171,11 +182,6 @@ async def _read_body(request: Request, state: ServerState) -> VideoBody:
     return validated(VideoBody, value)
 
 
-def _owner(request: Request) -> str:
-    """The name of the caller's account."""
-    return str(request.state.account)
-
-
 # --- generation ---
 
 
@@ -183,7 +189,8 @@ async def generate_video(job: VideoJob, deadline: Deadline, state: ServerState) 
     """Generate the video of a job, whose state follows; its errors become the job's."""
     try:
         frames = await _frames(job, deadline, state)
-        await asyncio.to_thread(_encode, job, frames, state)
+        encode = partial(_encode, job, frames, state)
+        job.thumbnail, job.file = await deadline.bound(state.videos.encoder.run_wanted(encode))
         job.progress, job.status = 100, "completed"
     except Exception as error:  # the job keeps what its request would have been answered
         job.error, job.status = to_api_error(error), "failed"
@@ -192,12 +199,15 @@ async def generate_video(job: VideoJob, deadline: Deadline, state: ServerState) 
 
 
 async def _frames(job: VideoJob, deadline: Deadline, state: ServerState) -> torch.Tensor:
-    """All frames [frames, height, width, 3]; while the server is full, the job waits."""
+    """All frames [frames, height, width, 3].
+
+    While the server is full or starts an engine again, the job waits.
+    """
     while True:
         try:
             return await _attempt(job, deadline, state)
-        except Overloaded as error:
-            wait = min(error.retry_after, _RETRY_SECONDS)
+        except (Overloaded, EngineDied) as error:
+            wait = min(to_api_error(error).retry_after or 0.0, _RETRY_SECONDS)
             if job.status != "queued" or wait >= deadline.left:
                 raise
         except DeadlineExceeded as error:
@@ -226,12 +236,15 @@ async def _attempt(job: VideoJob, deadline: Deadline, state: ServerState) -> tor
 
 
 def _check(event: FramesFinished, state: ServerState) -> None:
-    """Show the first of several frames to the hooks. Raises Refused."""
+    """Show the first of the frames to the hooks. Raises Refused."""
     [image] = Video(event.frames[:1], Fraction(1)).images
     state.hooks.check_image(image)
 
 
-def _encode(job: VideoJob, frames: torch.Tensor, state: ServerState) -> None:
+def _encode(
+    job: VideoJob, frames: torch.Tensor, state: ServerState, gone: threading.Event
+) -> tuple[bytes, bytes]:
+    """The files of the first frame and of the clip. Raises CancelledError once `gone` is set."""
     request = job.described
     video = Video(frames, Fraction(request.fps))
     metadata = request_metadata(request, 0, (request.width, request.height), state.config)
@@ -239,8 +252,15 @@ def _encode(job: VideoJob, frames: torch.Tensor, state: ServerState) -> None:
     if job.evaluations is not None:
         metadata["evaluations"] = f"{job.evaluations:g}"
     first = Video(frames[:1], video.fps).images[0]
-    job.thumbnail = state.hooks.encode_image(first, "webp", metadata)
-    job.file = video.to_bytes(xmp=write_packet(metadata))
+    thumbnail = state.hooks.encode_image(first, "webp", metadata)
+
+    def wanted() -> Iterator[np.ndarray]:
+        for frame in video.frames.cpu().numpy():
+            if gone.is_set():
+                raise CancelledError
+            yield frame
+
+    return thumbnail, video_bytes(wanted(), video.fps, write_packet(metadata))
 
 
 # --- answers ---
@@ -324,11 +344,14 @@ def _object(job: VideoJob, state: ServerState) -> dict[str, Any]:
         }
     },
 )
-async def create(request: Request, state: State) -> dict[str, Any]:
+async def create(request: Request, response: Response, state: State) -> dict[str, Any]:
     """Begins a job and answers at once; ask for its state until it is completed."""
     body = await _read_body(request, state)
-    owner = _owner(request)
-    wanted = await state.deadline(body).bound(read_video_request(body, owner, state))
+    owner = account_of(request)
+    warnings: list[str] = []
+    reading = read_video_request(body, owner, state, warnings)
+    wanted = await state.deadline(body).bound(reading)
+    add_warnings(response, warnings)
     deadline = body.deadline_within(state.config.video_deadline)
     job = state.videos.start(
         owner, wanted, body.prompt, lambda job: generate_video(job, deadline, state)
@@ -345,7 +368,7 @@ async def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """Newest first, or oldest with `order=asc`; `after` is the last id of the page before."""
-    jobs = state.videos.of(_owner(request))
+    jobs = state.videos.of(account_of(request))
     if order == "asc":
         jobs.reverse()
     ids = [job.id for job in jobs]
@@ -365,7 +388,7 @@ async def list_videos(
 @router.get("/v1/videos/{video_id}", summary="The state of a video", response_model=VideoObject)
 async def retrieve(video_id: str, request: Request, state: State) -> dict[str, Any]:
     """Queued, in progress with percent, completed, or failed with its error."""
-    return _object(state.videos.get(video_id, _owner(request)), state)
+    return _object(state.videos.get(video_id, account_of(request)), state)
 
 
 @router.get(
@@ -381,7 +404,7 @@ async def content(
     variant: Literal["video", "thumbnail", "spritesheet"] = "video",
 ) -> Response:
     """The MP4 of a completed video, or its thumbnail: while it is generated, the last preview."""
-    job = state.videos.get(video_id, _owner(request))
+    job = state.videos.get(video_id, account_of(request))
     if variant == "spritesheet":
         raise bad_request("variant: video or thumbnail; there is no spritesheet", "variant")
     file = job.file if variant == "video" else job.thumbnail
@@ -394,11 +417,11 @@ async def content(
             code="not_ready",
         )
     kind = "video/mp4" if variant == "video" else "image/webp"
-    return Response(file, media_type=kind, headers={"Cache-Control": "private, no-cache"})
+    return PiecesResponse(file, media_type=kind, headers={"Cache-Control": "private, no-cache"})
 
 
 @router.delete("/v1/videos/{video_id}", summary="Delete a video", response_model=DeletedVideo)
 async def delete(video_id: str, request: Request, state: State) -> dict[str, Any]:
-    """Forgets the video; one that is being generated is ended within one step."""
-    state.videos.remove(video_id, _owner(request))
+    """Forgets the video; its generation ends within one step, its encoding within one frame."""
+    state.videos.remove(video_id, account_of(request))
     return {"id": video_id, "object": "video.deleted", "deleted": True}
