@@ -38,10 +38,10 @@ class GuidanceDropout:
 class FrameTargets:
     """Shares of clips by their targets, for models that generate clips frame by frame.
 
-    Targets are `all` frames, only the `first`, the `last` behind the first, or those `between`
-    behind both. Frames before them in the order of generation (`frame_order`) are seen clean, those
-    after them are left out. Of a clip that continues another one, `first` and `last` both mean its
-    last frame. Shares need not sum to 1.
+    Targets are `all` frames, only the `first`, the `last` behind the first, or one of those
+    `between` them, drawn evenly. Frames before it in the order of generation (`frame_order`) are
+    seen clean, those after it are left out. Of a clip that continues another one, `first` and
+    `last` both mean its last frame. Shares need not sum to 1.
     """
 
     all: NonNegative = 1.0
@@ -69,4 +69,8 @@ class FrameTargets:
         weights = np.array(list(shares.values()))
         if not weights.any():
             return places["all"]
-        return places[list(shares)[rng.choice(len(shares), p=weights / weights.sum())]]
+        name = list(shares)[rng.choice(len(shares), p=weights / weights.sum())]
+        if name != "between":
+            return places[name]
+        place = int(rng.choice(places[name]))
+        return range(place, place + 1)
