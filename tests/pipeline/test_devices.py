@@ -179,6 +179,8 @@ def has_kernel(operator: str, device: str) -> bool:
     entry = functions[entry["structured_delegate"]] if "structured_delegate" in entry else entry
     kernels = entry.get("dispatch", {"CompositeImplicitAutograd": ""})
     keys = {key.strip() for group in kernels for key in group.split(",")}
+    if "ufunc_inner_loop" in entry:  # from which kernels of these two are generated
+        keys |= {"CPU", "CUDA"}
     return bool(keys & {device, *COMPOSITE})
 
 
