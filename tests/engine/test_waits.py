@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neounify.cache import SequenceCache, new_cache, new_paged_cache
-from neounify.config import MlpConfig, ModelConfig, TextSampling, VideoConfig
+from neounify.config import ModelConfig, TextSampling, VideoConfig
 from neounify.config.presets import TINY
 from neounify.decode import sampler
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
@@ -35,6 +35,7 @@ from neounify.runtime.devices import Abilities
 from neounify.runtime.plan import ExecutionPlan
 from support.codes import with_codes
 from support.device_abilities import pretending
+from support.models import SPARSE_MLP
 from support.other_device import watching
 
 META = torch.device("meta")
@@ -144,14 +145,7 @@ def test_layers_of_codes_wait_nowhere(coded: NeoUnify) -> None:
 
 
 def test_grouped_experts_wait_nowhere() -> None:
-    experts = MlpConfig(
-        width=16,
-        num_experts=4,
-        experts_per_token=2,
-        expert_width=16,
-        sparse=(True,) * TINY.num_layers,
-    )
-    model = NeoUnify(replace(TINY, und_mlp=experts, gen_mlp=experts)).requires_grad_(False)
+    model = NeoUnify(replace(TINY, und_mlp=SPARSE_MLP, gen_mlp=SPARSE_MLP)).requires_grad_(False)
     model = model.eval().to("meta", torch.bfloat16)
     model.fuse()
     assert waits_of_steps({}, model) == [[], [], [], [], []]

@@ -18,7 +18,7 @@ from torch.optim import adam
 import neounify
 from neounify.checkpoint import resolve_device
 from neounify.cli.models import default_device
-from neounify.config import MlpConfig, ModelConfig, VideoConfig
+from neounify.config import ModelConfig, VideoConfig
 from neounify.config.presets import TINY
 from neounify.data.encode import Encoder
 from neounify.data.loader import make_pack
@@ -38,6 +38,7 @@ from neounify.video.clip import Video
 from support import pixelumm
 from support.codes import with_codes
 from support.device_abilities import pretending
+from support.models import SPARSE_MLP
 from support.other_device import OtherDevice, watching
 
 IMAGE = PIL.Image.new("RGB", (64, 64))
@@ -65,19 +66,12 @@ CLIPS: dict[str, Callable[[neounify.Pipeline], object]] = {
     "continue": lambda pipe: pipe.generate("a star", condition=CLIP, **SMALL, frames=4, fps=8),
     "chat": lambda pipe: pipe.chat("what moves?", video=CLIP, tubes=True, max_new_tokens=3),
 }
-EXPERTS = MlpConfig(
-    width=16,
-    num_experts=4,
-    experts_per_token=2,
-    expert_width=16,
-    sparse=(True,) * TINY.num_layers,
-)
 ABLE = (*TINY.capabilities, "generate_video", "continue_video")
 FRAMES = VideoConfig(tube_frames=1, image_weights=True, frame_by_frame=True)
 UNIPC: dict[str, Any] = {"width": 64, "height": 48, "steps": 4, "frames": 8, "fps": 12}
 KINDS: dict[str, tuple[ModelConfig, dict[str, Callable[[neounify.Pipeline], object]]]] = {
     "sparse": (
-        TINY.replace(und_mlp=EXPERTS, gen_mlp=EXPERTS),
+        TINY.replace(und_mlp=SPARSE_MLP, gen_mlp=SPARSE_MLP),
         {name: TASKS[name] for name in ("generate", "edit", "chat", "interleave")},
     ),
     "pixel": (

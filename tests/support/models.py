@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.presets import TINY
 from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
 from neounify.model.embed import sinusoid_frequencies
 from neounify.model.stream import frequencies
@@ -23,6 +24,14 @@ from support.reference import Array, Clean, Facts, Noisy, Token
 
 # --- models --------------------------------------------------------------------------------------
 
+SPARSE_MLP = MlpConfig(
+    width=16,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=16,
+    sparse=(True,) * TINY.num_layers,
+)
+"""Experts in every layer of a model as deep as TINY."""
 TINY_CHANGES: dict[str, int] = {
     "hidden_size": 32,
     "num_layers": 2,

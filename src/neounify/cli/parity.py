@@ -113,10 +113,10 @@ def _check(first: Path, config: Path | None, second: Path, options: ParityOption
     comparison_device(a, kept_formats(b).values(), options)
 
 
-def check_comparable(config: ModelConfig) -> None:
+def check_comparable(config: ModelConfig, advice: str = "") -> None:
     """Raise RequestError for a model that cannot generate the images that are compared."""
     if "generate" not in config.capabilities:
-        raise RequestError("the comparison generates images, which this model cannot")
+        raise RequestError(f"the comparison generates images, which this model cannot{advice}")
 
 
 def comparison_device(

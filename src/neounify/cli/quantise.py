@@ -80,10 +80,7 @@ def _check_parity(folder: Path, config: Path | None, preset: str, options: Parit
         from neounify.quant.presets import preset_formats
 
     checkpoint = CheckpointFolder.open(folder, config)
-    try:
-        check_comparable(checkpoint.config)
-    except RequestError as error:
-        raise RequestError(f"{error}; leave it out with --no-parity") from error
+    check_comparable(checkpoint.config, "; leave it out with --no-parity")
     shapes = expected_shapes(checkpoint.config)
     formats: Collection[WeightFormat]
     if preset in GGUF_PRESETS:

@@ -245,9 +245,10 @@ class EngineService:
         count, sizes = 1, list[tuple[int, int]]()
         if isinstance(request, ImageRequest):
             sizes = [(request.width, request.height)]
-            count = request.count * (request.grid(self.config).tubes if request.frames else 1)
-            if request.frames and self.config.frame_by_frame:
-                count = 1  # one frame after the other, and one clip after the other
+            if not request.frames:
+                count = request.count
+            elif not self.config.frame_by_frame:  # else one frame and one clip after the other
+                count = request.count * request.grid(self.config).tubes
         elif isinstance(request, InterleaveRequest):
             sizes = list(request.sizes)
         for size in sizes:
